@@ -1,0 +1,60 @@
+// The only file that sees torch: checks nothing twice (Python validates), unpacks tensors, calls the torch-free code.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "isa.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+// ---------------------------------------------------------------- module
+
+PyObject* isa_name(PyObject*, PyObject*) {
+  static const char* const names[] = {"baseline", "avx2", "avx512"};
+  return PyUnicode_FromString(names[static_cast<int>(clex::active_isa())]);
+}
+
+PyObject* set_isa(PyObject*, PyObject* argument) {
+  const long level = PyLong_AsLong(argument);
+  if (level == -1 && PyErr_Occurred()) return nullptr;
+  if (level < 0 || level > static_cast<long>(clex::detect_isa())) {
+    PyErr_SetString(PyExc_ValueError, "this processor does not have that instruction set");
+    return nullptr;
+  }
+  clex::active_isa() = static_cast<clex::Isa>(level);
+  Py_RETURN_NONE;
+}
+
+PyObject* has_cuda(PyObject*, PyObject*) {
+#ifdef CLEX_WITH_CUDA
+  Py_RETURN_TRUE;
+#else
+  Py_RETURN_FALSE;
+#endif
+}
+
+PyObject* build_reason(PyObject*, PyObject*) { return PyUnicode_FromString(CLEX_BUILD_REASON); }
+
+PyMethodDef methods[] = {
+    {"isa", isa_name, METH_NOARGS, "instruction set in use: baseline, avx2 or avx512"},
+    {"set_isa", set_isa, METH_O, "use a narrower instruction set: 0, 1 or 2 (for tests)"},
+    {"has_cuda", has_cuda, METH_NOARGS, "whether the CUDA C++ kernels were built"},
+    {"build_reason", build_reason, METH_NOARGS, "why CUDA C++ was or was not built"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
