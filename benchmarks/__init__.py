@@ -1,0 +1,1 @@
+"""Benchmarks of every feature against checked rivals, and the report made of them."""

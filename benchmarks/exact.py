@@ -1,0 +1,58 @@
+"""The fp64 truths that every timed result is compared with, from the reference's equations; no kernel of the package is used.
+
+Frequencies come from torchdiffeq's dopri8 at a tolerance of 1e-13 in (z, t), made to step on every time asked, because its
+interpolation between steps is only good to 3e-8.
+"""
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from clex_kernels import ClexConfig, reference
+
+TOLERANCE = 1e-13
+
+
+def solve_exactly(up: Tensor, down: Tensor, times: Tensor, config: ClexConfig) -> Tensor:
+    """Frequencies [T, R] in fp64, rad/token; times [T] increase."""
+    up, down = up.double(), down.double()
+    start = reference.plain_log_frequencies(config, torch.float64)
+    grid = times if times[0] == 1 else torch.cat((times.new_ones(1), times))
+    if len(grid) == 1:
+        return start.exp()[None]
+    z = odeint(
+        lambda t, z: reference.log_frequency_slope(t, z, up, down, config),
+        start,
+        grid,
+        method="dopri8",
+        rtol=TOLERANCE,
+        atol=TOLERANCE,
+        options={"step_t": grid},
+    )
+    return z[-len(times) :].exp()
+
+
+def weight_gradients(
+    up: Tensor, down: Tensor, times: Tensor, dfreq: Tensor, config: ClexConfig
+) -> tuple[Tensor, Tensor]:
+    """(dup, ddown) of sum(dfreq * frequencies) in fp64, by autograd through the exact solve."""
+    up, down = (weight.detach().double().requires_grad_() for weight in (up, down))
+    return torch.autograd.grad(solve_exactly(up, down, times, config), (up, down), dfreq)
+
+
+def cos_sin(positions: Tensor, freq: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [L, R] in fp64."""
+    angle = positions.double()[:, None] * freq.double()
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, L, H, D] with all of D rotated, in fp64; cos and sin [L, R]."""
+    return reference.rotary(x.double(), torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
+
+
+def frequency_gradient(y: Tensor, dy: Tensor, positions: Tensor) -> Tensor:
+    """dfreq [R] in fp64 from rotated y and its gradient dy, both [B, L, H, D]."""
+    y0, y1 = y.double().chunk(2, dim=-1)
+    dy0, dy1 = dy.double().chunk(2, dim=-1)
+    return positions.double() @ (dy1 * y0 - dy0 * y1).sum(dim=(0, 2))

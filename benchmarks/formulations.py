@@ -1,0 +1,82 @@
+"""Rotary as it is written in plain torch: the formulations that the package's rotary is compared with.
+
+All rotate the whole of D, pairs (x_i, x_(R+i)), with cos and sin [L, R] in fp32, and compute in fp32. The `_into` forms write into
+memory the caller brings, the `_in_place` form into its input.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def double(table: Tensor) -> Tensor:
+    return torch.cat((table, table), dim=-1)[:, None]
+
+
+def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The form of transformers and of the CLEX authors."""
+    x0, x1 = x.chunk(2, dim=-1)
+    return (x * double(cos) + torch.cat((-x1, x0), dim=-1) * double(sin)).to(x.dtype)
+
+
+def split_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x0, x1 = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((x0 * cos - x1 * sin, x1 * cos + x0 * sin), dim=-1).to(x.dtype)
+
+
+def flipped_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    pairs = x.unflatten(-1, (2, -1))
+    signed = torch.stack((-sin, sin), dim=-2)[:, None]
+    return (pairs * cos[:, None, None] + pairs.flip(-2) * signed).flatten(-2).to(x.dtype)
+
+
+def complex_product(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x0, x1 = x.float().chunk(2, dim=-1)
+    y = torch.complex(x0, x1) * torch.complex(cos, sin)[:, None]
+    return torch.cat((y.real, y.imag), dim=-1).to(x.dtype)
+
+
+def rotate_half_into(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor) -> None:
+    y.copy_(rotate_half(x, cos, sin))
+
+
+def split_halves_into(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor) -> None:
+    x0, x1 = x.chunk(2, dim=-1)
+    y0, y1 = y.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    y0.copy_(x0 * cos - x1 * sin)
+    y1.copy_(x1 * cos + x0 * sin)
+
+
+def split_halves_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    split_halves_into(x, cos, sin, x)
+
+
+Formulation = Callable[..., Tensor | None]
+
+
+@functools.cache
+def for_q_and_k(formulation: Formulation, compiled: bool) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
+    """The formulation applied to q and k in one call, one compiled graph where `compiled`."""
+
+    def apply(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *into: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return formulation(q, cos, sin, *into[:1]), formulation(k, cos, sin, *into[1:])
+
+    return torch.compile(apply, dynamic=False) if compiled else apply
+
+
+@functools.cache
+def with_frequencies(formulation: Formulation, compiled: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The same from frequencies [R] that want a gradient, through fp32 angles [L, R]."""
+
+    def apply(q: Tensor, k: Tensor, freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angle = positions[:, None] * freq
+        cos, sin = angle.cos(), angle.sin()
+        return formulation(q, cos, sin), formulation(k, cos, sin)
+
+    return torch.compile(apply, dynamic=False) if compiled else apply
