@@ -1,5 +1,6 @@
 """Solving for frequencies: t = 1..16 without gradients, and t = 16 forward and backward."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from benchmarks import exact
-from benchmarks.measure import Comparison, Goal, Way, compare, max_difference, record, relative_error
+from benchmarks.measure import Goal, Way, compare, max_difference, record, relative_error
 from benchmarks.shapes import MAX_FACTOR
 from benchmarks.weights import Weights
 from clex_kernels import ClexConfig, reference, solve_frequencies
@@ -65,7 +66,7 @@ def rk4_in_s(up: Tensor, down: Tensor, times: Tensor, config: ClexConfig) -> Ten
     slope = slope_in_s(up, down, config)
     u = reference.plain_log_frequencies(config, up.dtype)
     solved = [u]
-    for start, end in zip(s[:-1], s[1:], strict=True):
+    for start, end in itertools.pairwise(s):
         steps = math.ceil((end - start).item() / 0.25)
         step = (end - start) / steps
         for number in range(steps):
@@ -158,7 +159,7 @@ def bench_forward_backward(benchmark: BenchmarkFixture, weights: Weights) -> Non
     truths = [exact.weight_gradients(up, down, LAST, dfreq, weights.config) for up, down in weights.sets]
     ours = backward_way(OURS, solve_frequencies, weights, dfreq, truths)
     others = [backward_way(name, solve, weights, dfreq, truths, every=5) for name, solve in RIVALS.items()]
-    result: Comparison = compare(benchmark, ours, others, rounds=15)
+    result = compare(benchmark, ours, others, rounds=15)
     record(
         benchmark,
         section="frequencies",
@@ -175,5 +176,6 @@ def bench_forward_backward(benchmark: BenchmarkFixture, weights: Weights) -> Non
 
 
 def count_evaluations(up: Tensor, down: Tensor, config: ClexConfig) -> int:
-    """Right-hand-side evaluations of the solve for t = 1..max_factor, rejected steps included."""
-    raise NotImplementedError
+    """Right-hand-side evaluations of the solve for t = 1..16, rejected steps included, as the operator counts them."""
+    bases = math.log(config.rope_base), math.log(config.ntk_base)
+    return torch.ops.clex.solve_frequencies(up, down, INTEGERS, *bases, config.activation)[3].item()

@@ -9,7 +9,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from benchmarks import exact
-from benchmarks.measure import Goal, Way, compare, record
+from benchmarks.measure import Goal, Way, compare, max_difference, record
 from benchmarks.shapes import LONGEST, MAX_FACTOR, TABLE_LENGTHS
 from benchmarks.weights import Weights
 from clex_kernels import RotaryTable, reference, solve_frequencies
@@ -18,6 +18,7 @@ FACTORED = "factored tables"
 COPY = "floor: copy of the factored tables' bytes"
 WHOLE_WAY = "solve_frequencies, then factored tables"
 AUTHORS_WAY = "authors: rk4 at 0.01, then full tables, fp32"
+FIXED_WAY = "factored tables of plain RoPE's fixed frequencies"
 TIME = torch.tensor([float(MAX_FACTOR)], dtype=torch.float64)
 END_TO_END_BOUNDS = {"4K": 2e-6, "128K": 5e-5, "1M": 5e-4}
 # a full table holds 128 values per position: the fp64 comparison takes a share of them.
@@ -120,9 +121,7 @@ def bench_million_positions(benchmark: BenchmarkFixture, best_weights: Weights) 
         return {"cos, sin": errors_by_position(rows, truths[turn % len(freqs)]).max().item()}
 
     def way(name: str, run: Callable[[], tuple[Tensor, Tensor]]) -> Way:
-        return Way(
-            name, run, load, lambda turn, pair: check(turn, torch.stack([x[positions] for x in pair])), every=5
-        )
+        return Way(name, run, load, lambda turn, pair: check(turn, torch.stack([x[positions] for x in pair])), every=5)
 
     factored = RotaryTable.from_frequencies(freqs[0], length=LONGEST)
     source = torch.cat((factored.coarse.flatten(), factored.fine.flatten()))
@@ -134,7 +133,7 @@ def bench_million_positions(benchmark: BenchmarkFixture, best_weights: Weights) 
         lambda turn, table: check(turn, look_up(table, positions)),
     )
     rivals = [way(name, run) for name, run in full.ways().items()]
-    copy = Way(COPY, lambda: target.copy_(source), load, lambda turn, result: {})
+    copy = Way(COPY, lambda: target.copy_(source), load, lambda turn, made: {"bytes": max_difference(made, source)})
     result = compare(benchmark, ours, [*rivals, copy], rounds=15)
     names = [rival.name for rival in rivals]
     rival = result.fastest(names)
@@ -184,9 +183,9 @@ def bench_end_to_end(benchmark: BenchmarkFixture, weights: Weights, length: str)
     """Weights to cosines and sines at t = 16; the weights change before every timed call."""
     size, config = TABLE_LENGTHS[length], weights.config
     positions = checked_positions(size)
-    truths = [
-        exact_rows(positions, exact.solve_exactly(up, down, TIME, config)[0]) for up, down in weights.sets
-    ]
+    truths = [exact_rows(positions, exact.solve_exactly(up, down, TIME, config)[0]) for up, down in weights.sets]
+    plain = reference.plain_log_frequencies(config, torch.float64).exp()
+    plain_truth = exact_rows(positions, plain)
     curves: dict[str, dict[str, list[float]]] = {}
 
     def ours_run() -> RotaryTable:
@@ -219,19 +218,27 @@ def bench_end_to_end(benchmark: BenchmarkFixture, weights: Weights, length: str)
         lambda turn, pair: check(AUTHORS_WAY, turn, torch.stack([x[positions] for x in pair])),
         every=4,
     )
-    result = compare(benchmark, ours, [authors], rounds=12)
+    fixed = Way(
+        FIXED_WAY,
+        lambda: RotaryTable.from_frequencies(plain, length=size),
+        weights.load,
+        lambda turn, table: {"cos, sin": errors_by_position(look_up(table, positions), plain_truth).max().item()},
+    )
+    result = compare(benchmark, ours, [authors, fixed], rounds=12)
     error = result.errors[WHOLE_WAY]["cos, sin"]
     record(
         benchmark,
         section="end to end",
         row=f"weights to cos and sin, {length} positions",
         case=f"t = {MAX_FACTOR}, D {config.rotary_dim}, fp32 tables",
-        memory="fresh outputs for both",
+        memory="fresh outputs for all",
         weights=weights.kind,
         error_unit=f"largest |cos or sin - exact| at {len(positions)} positions",
         comparison=result,
         ours=WHOLE_WAY,
         rivals=[AUTHORS_WAY],
+        overhead=(WHOLE_WAY, FIXED_WAY),
         goals=[Goal("error of cos and sin", error, "at most", END_TO_END_BOUNDS[length], unit="")],
         curves=curves if size == LONGEST else None,
+        positions=size,
     )

@@ -1,6 +1,6 @@
-"""The fp64 truths that every timed result is compared with, from the reference's equations; no kernel of the package is used.
+"""The fp64 truths that every timed result is compared with, from the reference's equations and no kernel.
 
-Frequencies come from torchdiffeq's dopri8 at a tolerance of 1e-13 in (z, t), made to step on every time asked, because its
+Frequencies come from torchdiffeq's dopri8 at a tolerance of 1e-13 in (z, t), made to step on every time asked: its
 interpolation between steps is only good to 3e-8.
 """
 

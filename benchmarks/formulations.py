@@ -1,7 +1,7 @@
 """Rotary as it is written in plain torch: the formulations that the package's rotary is compared with.
 
-All rotate the whole of D, pairs (x_i, x_(R+i)), with cos and sin [L, R] in fp32, and compute in fp32. The `_into` forms write into
-memory the caller brings, the `_in_place` form into its input.
+All rotate the whole of D, pairs (x_i, x_(R+i)), with cos and sin [L, R] in fp32, and compute in fp32. The `_into` forms
+write into memory the caller brings, the `_in_place` form into its input.
 """
 
 import functools
@@ -57,17 +57,18 @@ def split_halves_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 Formulation = Callable[..., Tensor | None]
 
+# every form compiles through the same inner function: at the default limit of 8 the later ones would run in eager mode.
+torch._dynamo.config.recompile_limit = 64
+
 
 @functools.cache
 def for_q_and_k(formulation: Formulation, compiled: bool) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
     """The formulation applied to q and k in one call, one compiled graph where `compiled`."""
 
-    def apply(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *into: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *into: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return formulation(q, cos, sin, *into[:1]), formulation(k, cos, sin, *into[1:])
 
-    return torch.compile(apply, dynamic=False) if compiled else apply
+    return torch.compile(apply, dynamic=False, fullgraph=True) if compiled else apply
 
 
 @functools.cache
@@ -79,4 +80,4 @@ def with_frequencies(formulation: Formulation, compiled: bool) -> Callable[..., 
         cos, sin = angle.cos(), angle.sin()
         return formulation(q, cos, sin), formulation(k, cos, sin)
 
-    return torch.compile(apply, dynamic=False) if compiled else apply
+    return torch.compile(apply, dynamic=False, fullgraph=True) if compiled else apply

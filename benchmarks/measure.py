@@ -1,9 +1,10 @@
 """Checked timing of several ways to do one thing, alternating in one run, on top of pytest-benchmark.
 
-pytest-benchmark times one function to its end and then the next, so a ratio of two of its figures holds every drift of the
-machine between them. Here one round runs every way once: the rivals inside pytest-benchmark's untimed `setup`, each under the
-same clock, then ours as the benchmarked call. Ratios are of medians over rounds. Before a timed call the way's inputs are
-replaced by the next set; after it, untimed, what it returned is compared with fp64, and the largest error is kept.
+pytest-benchmark times one function to its end and then the next, so a ratio of two of its figures holds every drift of
+the machine between them. Here one round runs every way once: the rivals inside pytest-benchmark's untimed `setup`, each
+under the same clock, then ours as the benchmarked call. Ratios are of medians over rounds. Before a timed call the way's
+inputs are replaced by the next set; after it, untimed, what it returned is compared with fp64, and the largest error is
+kept.
 """
 
 import platform
@@ -24,8 +25,8 @@ Label = Literal["measured", "counted", "modelled"]
 class Way:
     """One formulation of an operation.
 
-    `prepare(turn)` puts input set `turn` in place and `errors(turn, result)` compares what `run()` returned with fp64; neither is
-    timed. Only `run` is. A slow way may sit out: it runs in every `every`-th round.
+    Only `run` is timed. `prepare(turn)` puts input set `turn` in place before it, `errors(turn, result)` compares what
+    it returned with fp64. A slow way may sit out: it runs in every `every`-th round.
     """
 
     name: str
@@ -129,6 +130,7 @@ def record(
     goals: Sequence[Goal] = (),
     notes: Sequence[str] = (),
     curves: dict[str, Any] | None = None,
+    positions: int | None = None,
 ) -> None:
     """Puts everything the report says about this case into the benchmark's JSON."""
     benchmark.extra_info.update(
@@ -150,6 +152,7 @@ def record(
         goals=[{**asdict(goal), "met": goal.met} for goal in goals],
         notes=list(notes),
         curves=curves or {},
+        positions=positions,
     )
 
 

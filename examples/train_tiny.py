@@ -2,9 +2,9 @@
 
     python -m examples.train_tiny --seconds 30
 
-What a training loop needs is here in full: sampled length factors and positions, one rotary call per layer, and a parameter
-group of its own for the ODE. Its gradient is the language model's times positions up to max_factor * train_length, so it gets
-its own clip and a small learning rate: with a joint clip it would swamp every other gradient.
+What a training loop needs is here in full: sampled length factors and positions, one rotary call per layer, and a
+parameter group of its own for the ODE. Positions up to max_factor * train_length multiply its gradient, so it gets its
+own clip and a small learning rate: with a joint clip it would swamp every other gradient.
 """
 
 import argparse
@@ -105,6 +105,7 @@ def load_text() -> tuple[Tensor, Tensor]:
 
 
 def as_bytes(texts: list[str]) -> Tensor:
+    """All texts in a row as byte values [N]."""
     return torch.frombuffer(bytearray("".join(texts).encode()), dtype=torch.uint8).long()
 
 
@@ -184,7 +185,9 @@ def train(trainer: Trainer, seconds: float, seed: int = 0) -> TrainingRun:
     losses: list[float] = []
     factors: list[float] = []
     start = time.perf_counter()
-    with tqdm(total=seconds, unit="s", desc="training", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s {postfix}") as bar:
+    with tqdm(
+        total=seconds, unit="s", desc="training", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s {postfix}"
+    ) as bar:
         while (elapsed := time.perf_counter() - start) < seconds:
             warmup = min(1.0, (len(losses) + 1) / WARMUP_STEPS)
             table = trainer.sample_table(generator)
@@ -202,6 +205,7 @@ def train(trainer: Trainer, seconds: float, seed: int = 0) -> TrainingRun:
 
 
 def main() -> None:
+    """Trains and prints held-out losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30.0, help="wall time to train for")
     torch.manual_seed(0)

@@ -1,0 +1,107 @@
+"""The report's figures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from benchmarks.summary import Overhead
+from clex_kernels import ClexConfig, reference, solve_frequencies
+
+OURS, THEIRS, FAINT = "#0b6e4f", "#b5473c", "#9aa5b1"
+SIZE = (8.0, 4.5)
+SHOWN_PAIRS = 7
+SMOOTHING = 20
+
+plt.rcParams.update(
+    {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 10}
+)
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_loss(losses: Sequence[float], seconds: float, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=SIZE)
+    steps = torch.arange(1, len(losses) + 1)
+    axes.plot(steps, losses, color=FAINT, linewidth=0.8, label="each step, t drawn from 1..16")
+    if len(losses) > SMOOTHING:
+        mean = torch.tensor(losses).unfold(0, SMOOTHING, 1).mean(-1)
+        axes.plot(steps[SMOOTHING - 1 :], mean, color=OURS, label=f"mean of {SMOOTHING} steps")
+    axes.set(
+        xlabel=f"step ({len(losses)} in {seconds:.0f} s)",
+        ylabel="training loss (nats per byte)",
+        title="A byte-level Llama trained through apply_rotary",
+    )
+    axes.legend(frameon=False)
+    save(figure, path)
+
+
+def plot_frequencies(up: Tensor, down: Tensor, config: ClexConfig, path: Path) -> None:
+    """Learned frequencies over t as a share of plain RoPE's, beside the NTK scaling that training started from."""
+    times = torch.linspace(1, config.max_factor, 151, dtype=torch.float64)
+    learned = solve_frequencies(up, down, times, config)
+    started = solve_frequencies(up, torch.zeros_like(down), times, config)
+    plain = reference.plain_log_frequencies(config, torch.float64).exp()
+    figure, axes = plt.subplots(figsize=SIZE)
+    shown = torch.linspace(0, config.pairs - 1, SHOWN_PAIRS).long().tolist()
+    for number, pair in enumerate(shown):
+        color = plt.cm.viridis(number / len(shown))
+        axes.plot(times, learned[:, pair] / plain[pair], color=color, label=f"pair {pair}: {plain[pair]:.2g} rad/token")
+        axes.plot(times, started[:, pair] / plain[pair], color=color, linestyle="--", linewidth=0.9)
+    axes.plot([], [], color="black", linestyle="--", linewidth=0.9, label="dashed: start of training (NTK)")
+    axes.set(
+        xlabel="length factor t",
+        ylabel="frequency over plain RoPE's",
+        yscale="log",
+        title="Frequencies learned in this run",
+    )
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save(figure, path)
+
+
+def plot_overheads(overheads: Sequence[Overhead], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(SIZE[0], 1.2 + 0.55 * len(overheads)))
+    rows = range(len(overheads))
+    bars = axes.barh(rows, [o.ratio for o in overheads], color=OURS, height=0.6)
+    axes.bar_label(bars, [f"{o.ratio:.2f}x" for o in overheads], padding=4)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_yticks(rows, [o.name.replace(": ", ":\n", 1) for o in overheads], fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.12)
+    axes.set(
+        xlabel="time over the same operation with plain RoPE's fixed frequencies", title="Overhead over plain RoPE"
+    )
+    save(figure, path)
+
+
+def plot_errors(end_to_end: dict[str, Any], tables: dict[str, Any], goals: dict[float, float], path: Path) -> None:
+    """Largest error of cos and sin against position; `goals` maps a number of positions to its bound."""
+    figure, axes = plt.subplots(figsize=SIZE)
+    for style, kind, curves in (("-", "weights to table", end_to_end), ("--", "table alone", tables)):
+        for color, (name, curve) in zip((OURS, THEIRS), sorted(curves.items(), key=best_last), strict=True):
+            axes.plot(curve["positions"], curve["errors"], style, color=color, label=f"{kind}: {name}")
+    axes.scatter(list(goals), list(goals.values()), marker="v", color="black", zorder=3, label="goal, weights to table")
+    axes.set(
+        xlabel="position (tokens)",
+        ylabel="largest |cos or sin - fp64|",
+        xscale="log",
+        yscale="log",
+        title="Error against position, fp32 tables",
+    )
+    axes.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def best_last(item: tuple[str, dict[str, list[float]]]) -> float:
+    return item[1]["errors"][-1]

@@ -1,0 +1,182 @@
+"""Trains, benchmarks the trained weights, and writes the report: `python -m benchmarks.report`.
+
+The report lies in build/report: index.md, its plots, and the figures behind them as JSON. A missed goal is reported as
+missed and does not fail the run; a benchmark that raises does.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import plots, summary
+from benchmarks.measure import machine
+from examples.train_tiny import CONFIG, Trainer, TrainingRun, train
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = ("torch", "triton", "torchdiffeq", "pytest-benchmark")
+SECTIONS = {
+    "training": "Training step",
+    "frequencies": "Frequencies",
+    "tables": "Tables",
+    "end to end": "Weights to cos and sin",
+    "rotary": "Rotary",
+}
+RULES = """\
+Every figure is labelled: *measured* on the machine above in this run, *counted*, or *modelled*. All ways of a case run
+in one process and alternate round by round; times are medians over rounds, and ratios are of medians. Before each timed
+call, untimed, other inputs (or other weights) are written into the tensors that the call reads; after it, untimed, its
+output is compared with fp64 (frequencies: torchdiffeq dopri8 at 1e-13), and the largest error of all its calls is shown.
+The rival is the fastest of the formulations listed with it. The floor is a copy of the bytes that the operation writes.
+Threads and memory policy stand under each table. The ratio to the authors' way is no headline: it says how slow eager
+mode is, the floor and plain RoPE say what is left to gain."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=30.0, help="wall time to train for")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "report", help="folder of the report")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+
+    print(f"1/4 train a tiny Llama through apply_rotary for {arguments.seconds:.0f} s", flush=True)
+    torch.manual_seed(0)
+    run = train(Trainer(), arguments.seconds)
+    save_run(run, out)
+
+    print("2/4 benchmark the weights it learned, then synthetic ones", flush=True)
+    status = run_benchmarks(out / "weights.pt", out / "benchmarks.json")
+    cases = summary.infos(json.loads((out / "benchmarks.json").read_text()))
+
+    print("3/4 plot", flush=True)
+    draw_plots(run, cases, out)
+
+    print("4/4 write", flush=True)
+    elapsed = time.perf_counter() - started
+    (out / "index.md").write_text(index(run, cases, elapsed, status == 0))
+    print(summary.printed_summary(summary.verdicts(cases), summary.overheads(cases)))
+    print(f"report: {out / 'index.md'} ({elapsed:.0f} s)")
+    sys.exit(status)
+
+
+def save_run(run: TrainingRun, out: Path) -> None:
+    """The weights for the benchmarks, the rest for whoever wants to plot it."""
+    torch.save({"config": dataclasses.asdict(CONFIG), "up": run.up, "down": run.down}, out / "weights.pt")
+    figures = {"losses": run.losses, "factors": run.factors, "held_out": run.held_out, "seconds": run.seconds}
+    (out / "training.json").write_text(json.dumps(figures))
+
+
+def run_benchmarks(weights: Path, results: Path) -> int:
+    """Runs pytest in a process of its own, one progress step per case; returns its exit status."""
+    options = ["--benchmark-only", f"--benchmark-json={results}", f"--weights={weights}", "-vv", "--color=no"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", *options, "-p", "no:cacheprovider"]
+    output: list[str] = []
+    with (
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+        tqdm(desc="benchmarks", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} cases, {elapsed} {postfix}") as bar,
+    ):
+        for line in process.stdout or ():
+            output.append(line)
+            if collected := re.match(r"collected (\d+) items", line):
+                bar.reset(total=int(collected[1]))
+            elif case := re.match(r"\S+::(\S+)", line):
+                bar.set_postfix_str(case[1])
+            # the verdict ends the line of a case, or starts the next one where the case printed something.
+            if re.search(r"\b(PASSED|FAILED|ERROR)\b.*\[ *\d+%\]", line):
+                bar.update()
+    if process.returncode:
+        print("".join(output[-60:]), file=sys.stderr)
+    if not results.exists():
+        sys.exit(f"the benchmarks left no {results.name}: pytest ended with status {process.returncode}")
+    return process.returncode
+
+
+def draw_plots(run: TrainingRun, cases: list[summary.Info], out: Path) -> None:
+    plots.plot_loss(run.losses, run.seconds, out / "loss.png")
+    plots.plot_frequencies(run.up, run.down, CONFIG, out / "frequencies.png")
+    if extra := summary.overheads(cases):
+        plots.plot_overheads(extra, out / "overhead.png")
+    whole, table = (first_curves(cases, section) for section in ("end to end", "tables"))
+    if whole and table:
+        plots.plot_errors(whole, table, error_goals(cases), out / "error.png")
+
+
+def first_curves(cases: list[summary.Info], section: str) -> dict[str, Any]:
+    return next((info["curves"] for info in cases if info["section"] == section and info["curves"]), {})
+
+
+def error_goals(cases: list[summary.Info]) -> dict[float, float]:
+    """Number of positions -> bound on the error, from the end-to-end cases."""
+    return {info["positions"]: info["goals"][0]["bound"] for info in cases if info["section"] == "end to end"}
+
+
+def index(run: TrainingRun, cases: list[summary.Info], elapsed: float, complete: bool) -> str:
+    """The report as Markdown."""
+    verdicts = summary.verdicts(cases)
+    met = sum(verdict.met for verdict in verdicts)
+    about = machine() | {name: importlib.metadata.version(name) for name in LIBRARIES if installed(name)}
+    parts = [
+        "# clex_kernels: what it costs and how exact it is",
+        f"One run of `make report`, {elapsed:.0f} s. {met} of {len(verdicts)} goals met.",
+        summary.markdown_table(["machine", ""], [[key, value] for key, value in about.items()]),
+    ]
+    if not complete:
+        parts.append("**Some benchmarks failed: their rows are missing below.**")
+    parts += [
+        "## Overhead over plain RoPE",
+        "Time with frequencies that change or are learned, over the same operation by this package with fixed ones.",
+        summary.markdown_table(
+            ["operation", "time over plain RoPE", "label"],
+            [[o.name, summary.number(o.ratio, "x"), o.label] for o in summary.overheads(cases)],
+        ),
+        "![overhead over plain RoPE](overhead.png)",
+        "## Goals",
+        summary.goal_table(verdicts),
+        "## Error against position",
+        "![error against position](error.png)",
+        "## The training run",
+        training_text(run),
+        "![loss](loss.png)",
+        "![frequencies over t](frequencies.png)",
+        "## How it was measured",
+        RULES,
+    ]
+    for section, title in SECTIONS.items():
+        parts.append(f"## {title}")
+        parts += [summary.case_section(info) for info in cases if info["section"] == section]
+    return "\n\n".join(parts) + "\n"
+
+
+def installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def training_text(run: TrainingRun) -> str:
+    held_out = summary.markdown_table(
+        ["window (bytes)", "held-out loss (nats per byte)"],
+        [[str(length), f"{loss:.3f}"] for length, loss in run.held_out.items()],
+    )
+    return (
+        f"A byte-level Llama on pydoc topics and standard-library docstrings, split by document: {len(run.losses)} steps "
+        f"in {run.seconds:.0f} s at {CONFIG.train_length} bytes, t drawn from 1..{CONFIG.max_factor}, positions in runs. "
+        f"It shows that training through the op works; it is too short to say how well CLEX extrapolates.\n\n{held_out}"
+    )
+
+
+if __name__ == "__main__":
+    main()
