@@ -1,7 +1,8 @@
 """Rotary of q and k: in place, out of place, forward and backward, and its overhead over plain RoPE."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,124 +16,123 @@ from benchmarks.weights import Weights
 from clex_kernels import RotaryTable, apply_rotary, reference
 
 SETS = 2
+ROUNDS = 10
 TIME = torch.tensor([float(MAX_FACTOR)], dtype=torch.float64)
 SHAPE = ROTARY_SHAPES["llama-8b-4k"]
 ERROR_UNIT = "largest error over largest exact value"
 BEFORE_EACH_CALL = "other inputs are copied in, untimed, before every timed call"
 
-pytestmark = pytest.mark.parametrize("dtype", ROTARY_DTYPES)
-
 Pair = tuple[Tensor, Tensor]
 Errors = Callable[[int, Pair], dict[str, float]]
 
 
-@dataclass(frozen=True)
-class Case:
-    """Input sets, their fp64 truths, and the tensors that every timed call reads."""
+class Truth:
+    """An exact pair of results and how far a found pair is from it, relative to the largest exact value."""
 
-    shape: RotaryShape
-    freq: Tensor
-    positions: Tensor
-    inputs: list[Pair]
-    truths: list[Pair]
-    q: Tensor
-    k: Tensor
-    cos: Tensor
-    sin: Tensor
+    def __init__(self, q: Tensor, k: Tensor):
+        self.pair = (q, k)
+        self.scale = max(x.abs().max().item() for x in self.pair)
+
+    def error(self, found: Pair) -> float:
+        return max(max_difference(y, x) for y, x in zip(found, self.pair, strict=True)) / self.scale
+
+    def rounding_error(self, dtype: torch.dtype) -> float:
+        """What rounding the exact result to the dtype costs: no kernel can do better."""
+        return self.error((self.pair[0].to(dtype), self.pair[1].to(dtype)))
+
+
+def errors_against(truths: list[Truth]) -> Errors:
+    return lambda turn, pair: {"q, k": truths[turn % SETS].error(pair)}
+
+
+def exact_outputs(inputs: list[Pair], positions: Tensor, freq: Tensor) -> list[Truth]:
+    cos, sin = exact.cos_sin(positions, freq)
+    return [Truth(exact.rotate(q, cos, sin), exact.rotate(k, cos, sin)) for q, k in inputs]
+
+
+def draw_pairs(shape: RotaryShape, dtype: torch.dtype, seed: int) -> list[Pair]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(size: tuple[int, ...]) -> Tensor:
+        return torch.randn(size, generator=generator).to(dtype)
+
+    return [(draw(shape.q), draw(shape.k)) for _ in range(SETS)]
+
+
+class Case:
+    """Input sets, their fp64 truths, and the tensors q and k that every timed call reads."""
+
+    def __init__(self, weights: Weights, dtype: str, positions: Tensor):
+        self.dtype = ROTARY_DTYPES[dtype]
+        self.name = f"{SHAPE}, {dtype}"
+        self.weights = weights.kind
+        self.positions = positions
+        self.freq = exact.solve_exactly(*weights.sets[0], TIME, weights.config)[0]
+        self.plain_freq = reference.plain_log_frequencies(weights.config, torch.float64).exp()
+        self.cos, self.sin = (table.float() for table in exact.cos_sin(positions, self.freq))
+        self.inputs = draw_pairs(SHAPE, self.dtype, seed=4)
+        self.truths = exact_outputs(self.inputs, positions, self.freq)
+        self.q, self.k = (torch.empty_like(x) for x in self.inputs[0])
+        # memory for the ways that write into preallocated outputs; pages are touched here.
+        self.out = (torch.zeros_like(self.q), torch.zeros_like(self.k))
 
     def load(self, turn: int) -> None:
         q, k = self.inputs[turn % SETS]
         self.q.copy_(q)
         self.k.copy_(k)
 
-    def errors(self, turn: int, pair: Pair) -> dict[str, float]:
-        return self.against(self.truths)(turn, pair)
+    def floor(self) -> Way:
+        def run() -> Pair:
+            return self.out[0].copy_(self.q), self.out[1].copy_(self.k)
 
-    def against(self, truths: list[Pair]) -> Errors:
-        return lambda turn, pair: {"q, k": pair_error(pair, truths[turn % SETS])}
+        def errors(turn: int, pair: Pair) -> dict[str, float]:
+            same = all(torch.equal(y, x) for y, x in zip(pair, self.inputs[turn % SETS], strict=True))
+            return {"bytes": 0.0 if same else float("nan")}
 
-    def table(self) -> RotaryTable:
-        return RotaryTable.from_frequencies(self.freq, length=self.shape.L)
+        return Way("floor: copy of q and k", run, self.load, errors)
 
-    def rounding_error(self) -> float:
-        """What rounding the exact result to the dtype costs: no kernel can do better."""
-        return max(pair_error(tuple(y.to(self.q.dtype) for y in truth), truth) for truth in self.truths)
+    def clex_and_plain(self, name: str, **policy: Any) -> tuple[Way, Way]:
+        """apply_rotary with frequencies solved at t = 16, and the same call with plain RoPE's."""
+        truths = exact_outputs(self.inputs, self.positions, self.plain_freq)
 
+        def way(name: str, freq: Tensor, truths: list[Truth]) -> Way:
+            table = RotaryTable.from_frequencies(freq, length=SHAPE.L)
+            run = partial(apply_rotary, self.q, self.k, table, **policy)
+            return Way(name, run, self.load, errors_against(truths))
 
-def pair_error(found: Pair, true: Pair) -> float:
-    return max(max_difference(y, x) for y, x in zip(found, true, strict=True)) / max(x.abs().max().item() for x in true)
-
-
-def draw_pairs(shape: RotaryShape, dtype: torch.dtype, seed: int) -> list[Pair]:
-    generator = torch.Generator().manual_seed(seed)
-    return [tuple(torch.randn(size, generator=generator).to(dtype) for size in (shape.q, shape.k)) for _ in range(SETS)]
-
-
-def make_case(weights: Weights, dtype: torch.dtype, positions: Tensor | None = None) -> Case:
-    freq = exact.solve_exactly(weights.up, weights.down, TIME, weights.config)[0]
-    positions = torch.arange(SHAPE.L) if positions is None else positions
-    cos, sin = exact.cos_sin(positions, freq)
-    inputs = draw_pairs(SHAPE, dtype, seed=4)
-    truths = exact_outputs(inputs, positions, freq)
-    q, k = (torch.empty_like(x) for x in inputs[0])
-    return Case(SHAPE, freq, positions, inputs, truths, q, k, cos.float(), sin.float())
+        return way(name, self.freq, self.truths), way(f"{name}, plain RoPE", self.plain_freq, truths)
 
 
-def copy_floor(case: Case) -> Way:
-    q, k = torch.zeros_like(case.q), torch.zeros_like(case.k)
-
-    def run() -> Pair:
-        return q.copy_(case.q), k.copy_(case.k)
-
-    def errors(turn: int, pair: Pair) -> dict[str, float]:
-        return {"bytes": pair_error(pair, (case.q, case.k))}
-
-    return Way("floor: copy of q and k", run, case.load, errors)
+@pytest.fixture(scope="module", params=ROTARY_DTYPES)
+def dtype(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def plain_rope(case: Case, weights: Weights) -> tuple[RotaryTable, list[Pair]]:
-    """The table of plain RoPE's fixed frequencies, and the truths it gives."""
-    freq = reference.plain_log_frequencies(weights.config, torch.float64).exp()
-    return RotaryTable.from_frequencies(freq, length=SHAPE.L), exact_outputs(case.inputs, case.positions, freq)
+@pytest.fixture(scope="module")
+def case(best_weights: Weights, dtype: str) -> Case:
+    return Case(best_weights, dtype, torch.arange(SHAPE.L))
 
 
-def exact_outputs(inputs: list[Pair], positions: Tensor, freq: Tensor) -> list[Pair]:
-    cos, sin = exact.cos_sin(positions, freq)
-    return [tuple(exact.rotate(x, cos, sin) for x in pair) for pair in inputs]
-
-
-def plain_ways(case: Case, compiled: bool, forms: dict[str, formulations.Formulation], every: int) -> list[Way]:
+def torch_ways(case: Case, compiled: bool, forms: dict[str, formulations.Formulation], every: int) -> list[Way]:
     """Formulations in plain torch: fresh outputs, into preallocated memory (`_into`), or in place."""
-    out = (torch.zeros_like(case.q), torch.zeros_like(case.k))
 
     def way(name: str, form: formulations.Formulation) -> Way:
         apply = formulations.for_q_and_k(form, compiled)
-        into = out if form.__name__.endswith("_into") else ()
+        into = case.out if form.__name__.endswith("_into") else ()
         kept = (case.q, case.k) if form.__name__.endswith("_in_place") else into
 
         def run() -> Pair:
             fresh = apply(case.q, case.k, case.cos, case.sin, *into)
             return kept or fresh
 
-        return Way(f"{'torch.compile' if compiled else 'eager'} {name}", run, case.load, case.errors, every)
+        return Way(name, run, case.load, errors_against(case.truths), every)
 
-    return [way(name, form) for name, form in forms.items()]
-
-
-def describe(case: Case, dtype: str) -> str:
-    return f"{case.shape}, {dtype}"
+    return [way(f"{'torch.compile' if compiled else 'eager'} {name}", form) for name, form in forms.items()]
 
 
-def bench_in_place(benchmark: BenchmarkFixture, best_weights: Weights, dtype: str) -> None:
-    case = make_case(best_weights, ROTARY_DTYPES[dtype])
-    plain_table, plain_truths = plain_rope(case, best_weights)
-
-    def in_place(name: str, table: RotaryTable, errors: Errors) -> Way:
-        return Way(name, lambda: apply_rotary(case.q, case.k, table, inplace=True), case.load, errors)
-
-    ours = in_place("apply_rotary in place", case.table(), case.errors)
-    fixed = in_place("apply_rotary in place, plain RoPE", plain_table, case.against(plain_truths))
-    compiled = plain_ways(
+def bench_in_place(benchmark: BenchmarkFixture, case: Case) -> None:
+    ours, fixed = case.clex_and_plain("apply_rotary in place", inplace=True)
+    compiled = torch_ways(
         case,
         True,
         {
@@ -142,7 +142,7 @@ def bench_in_place(benchmark: BenchmarkFixture, best_weights: Weights, dtype: st
         },
         every=1,
     )
-    eager = plain_ways(
+    eager = torch_ways(
         case,
         False,
         {
@@ -150,18 +150,19 @@ def bench_in_place(benchmark: BenchmarkFixture, best_weights: Weights, dtype: st
             "split halves, preallocated": formulations.split_halves_into,
             "complex product, fresh": formulations.complex_product,
         },
-        every=4,
+        every=5,
     )
-    floor = copy_floor(case)
-    result = compare(benchmark, ours, [*compiled, *eager, fixed, floor], rounds=16)
+    floor = case.floor()
+    result = compare(benchmark, ours, [*compiled, *eager, fixed, floor], rounds=ROUNDS)
     rival = result.fastest([way.name for way in compiled])
+    rounding = max(truth.rounding_error(case.dtype) for truth in case.truths)
     record(
         benchmark,
         section="rotary",
         row="rotary in place",
-        case=describe(case, dtype),
+        case=case.name,
         memory=f"in place or as named; {BEFORE_EACH_CALL}",
-        weights=best_weights.kind,
+        weights=case.weights,
         error_unit=ERROR_UNIT,
         comparison=result,
         ours=ours.name,
@@ -170,43 +171,35 @@ def bench_in_place(benchmark: BenchmarkFixture, best_weights: Weights, dtype: st
         overhead=(ours.name, fixed.name),
         goals=[
             Goal("time over a copy of the same bytes", result.ratio(ours.name, floor.name), "at most", 0.8),
-            Goal(
-                f"faster than the fastest torch.compile form ({rival})", result.ratio(rival, ours.name), "at least", 6
-            ),
+            Goal(f"faster than the fastest torch.compile ({rival})", result.ratio(rival, ours.name), "at least", 6),
         ],
-        notes=[f"rounding the exact result to {dtype} alone costs {case.rounding_error():.1e}"],
+        notes=[f"rounding the exact result to the dtype alone costs {rounding:.1e}"],
     )
 
 
-def bench_out_of_place(benchmark: BenchmarkFixture, best_weights: Weights, dtype: str) -> None:
-    case = make_case(best_weights, ROTARY_DTYPES[dtype])
+def bench_out_of_place(benchmark: BenchmarkFixture, case: Case) -> None:
+    # outputs of its own: the floor and the rivals write into the same place every time as well.
     out = (torch.zeros_like(case.q), torch.zeros_like(case.k))
-    plain_table, plain_truths = plain_rope(case, best_weights)
-
-    def into_given(name: str, table: RotaryTable, errors: Errors) -> Way:
-        return Way(name, lambda: apply_rotary(case.q, case.k, table, out=out), case.load, errors)
-
-    ours = into_given("apply_rotary, preallocated", case.table(), case.errors)
-    fixed = into_given("apply_rotary, preallocated, plain RoPE", plain_table, case.against(plain_truths))
-    rivals = plain_ways(case, True, {"split halves, preallocated": formulations.split_halves_into}, every=1)
-    rivals += plain_ways(
+    ours, fixed = case.clex_and_plain("apply_rotary, preallocated", out=out)
+    rivals = torch_ways(case, True, {"split halves, preallocated": formulations.split_halves_into}, every=1)
+    rivals += torch_ways(
         case,
         False,
         {
             "rotate-half, preallocated": formulations.rotate_half_into,
             "split halves, preallocated": formulations.split_halves_into,
         },
-        every=4,
+        every=5,
     )
-    floor = copy_floor(case)
-    result = compare(benchmark, ours, [*rivals, fixed, floor], rounds=16)
+    floor = case.floor()
+    result = compare(benchmark, ours, [*rivals, fixed, floor], rounds=ROUNDS)
     record(
         benchmark,
         section="rotary",
         row="rotary out of place, preallocated",
-        case=describe(case, dtype),
+        case=case.name,
         memory=f"preallocated outputs for all; {BEFORE_EACH_CALL}",
-        weights=best_weights.kind,
+        weights=case.weights,
         error_unit=ERROR_UNIT,
         comparison=result,
         ours=ours.name,
@@ -217,96 +210,87 @@ def bench_out_of_place(benchmark: BenchmarkFixture, best_weights: Weights, dtype
     )
 
 
-@dataclass(frozen=True)
-class TrainingCase:
-    """A forward and backward pass: what goes in, what comes back, and the truths of all three gradients."""
+class Training:
+    """A forward and a backward pass at sampled positions: gradients to put in, truths of those that come out."""
 
-    case: Case
-    douts: list[Pair]
-    truths: list[tuple[Pair, Tensor]]
+    def __init__(self, weights: Weights, dtype: str):
+        generator = torch.Generator().manual_seed(5)
+        positions = reference.sample_positions(SHAPE.L, float(MAX_FACTOR), SHAPE.L, generator)
+        self.case = case = Case(weights, dtype, positions)
+        self.q, self.k = (x.detach().requires_grad_() for x in (case.q, case.k))
+        self.douts = draw_pairs(SHAPE, case.dtype, seed=6)
+        self.dout = self.douts[0]
+        cos, sin = exact.cos_sin(positions, case.freq)
+        self.dinputs = [Truth(*(exact.rotate(dy, cos, -sin) for dy in pair)) for pair in self.douts]
+        self.dfreqs = [
+            sum(exact.frequency_gradient(y, dy, positions) for y, dy in zip(truth.pair, pair, strict=True))
+            for truth, pair in zip(case.truths, self.douts, strict=True)
+        ]
 
-    def errors(self, turn: int, gradients: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-        dq, dk, dfreq = gradients
-        pair, true = self.truths[turn % SETS]
-        return {
-            "dq, dk": pair_error((dq, dk), pair),
-            "dfreq": max_difference(dfreq, true) / true.abs().max().item(),
-        }
+    def load(self, turn: int) -> None:
+        self.case.load(turn)
+        self.dout = self.douts[turn % SETS]
 
+    def errors(self, turn: int, gradients: tuple[Tensor, ...]) -> dict[str, float]:
+        dq, dk, *dfreq = gradients
+        errors = {"dq, dk": self.dinputs[turn % SETS].error((dq, dk))}
+        for found in dfreq:
+            true = self.dfreqs[turn % SETS]
+            errors["dfreq"] = max_difference(found, true) / true.abs().max().item()
+        return errors
 
-def make_training_case(weights: Weights, dtype: torch.dtype) -> TrainingCase:
-    generator = torch.Generator().manual_seed(5)
-    positions = reference.sample_positions(SHAPE.L, float(MAX_FACTOR), SHAPE.L, generator)
-    case = make_case(weights, dtype, positions)
-    douts = draw_pairs(SHAPE, dtype, seed=6)
-    cos, sin = exact.cos_sin(positions, case.freq)
-    truths = []
-    for y, dy in zip(case.truths, douts, strict=True):
-        dfreq = sum(exact.frequency_gradient(a, b, positions) for a, b in zip(y, dy, strict=True))
-        truths.append((tuple(exact.rotate(b, cos, -sin) for b in dy), dfreq))
-    return TrainingCase(case, douts, truths)
+    def way(self, name: str, rotate: Callable[..., Pair], freq: Tensor | None, every: int = 1) -> Way:
+        """`rotate(q, k, freq)` and its gradients; frequencies are frozen where `freq` is None."""
+        leaves = () if freq is None else (freq.clone().requires_grad_(),)
+
+        def run() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(rotate(self.q, self.k, *leaves), (self.q, self.k, *leaves), self.dout)
+
+        return Way(name, run, self.load, self.errors, every)
+
+    def torch_ways(self, compiled: bool, forms: dict[str, formulations.Formulation], every: int) -> list[Way]:
+        freq, positions = self.case.freq.float(), self.case.positions.float()
+
+        def way(name: str, form: formulations.Formulation) -> Way:
+            apply = formulations.with_frequencies(form, compiled)
+            return self.way(name, lambda q, k, freq: apply(q, k, freq, positions), freq, every)
+
+        return [way(f"{'torch.compile' if compiled else 'eager'} {name}", form) for name, form in forms.items()]
 
 
 def bench_forward_backward(benchmark: BenchmarkFixture, best_weights: Weights, dtype: str) -> None:
-    """Outputs, dq, dk and dfreq from q, k, frequencies and sampled positions; every way builds its own table."""
-    training = make_training_case(best_weights, ROTARY_DTYPES[dtype])
+    """From q, k, frequencies and sampled positions to dq, dk and dfreq; every way builds its own cos and sin."""
+    training = Training(best_weights, dtype)
     case = training.case
-    q, k = case.q.requires_grad_(), case.k.requires_grad_()
-    current: list[Pair] = [training.douts[0]]
-
-    def load(turn: int) -> None:
-        with torch.no_grad():
-            case.load(turn)
-        current[0] = training.douts[turn % SETS]
-
-    def way(name: str, rotate: Callable[[Tensor], Pair], freq: Tensor, every: int = 1) -> Way:
-        freq = freq.clone().requires_grad_()
-
-        def run() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(rotate(freq), (q, k, freq), current[0])
-
-        return Way(name, run, load, training.errors, every)
-
-    def with_table(freq: Tensor) -> Pair:
-        return apply_rotary(q, k, RotaryTable.from_frequencies(freq, positions=case.positions))
-
     frozen_table = RotaryTable.from_frequencies(case.freq, positions=case.positions)
 
-    def run_frozen() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(apply_rotary(q, k, frozen_table), (q, k), current[0])
+    def learned(q: Tensor, k: Tensor, freq: Tensor) -> Pair:
+        return apply_rotary(q, k, RotaryTable.from_frequencies(freq, positions=case.positions))
 
-    def frozen_errors(turn: int, gradients: tuple[Tensor, ...]) -> dict[str, float]:
-        return {"dq, dk": pair_error(gradients, training.truths[turn % SETS][0])}
-
-    ours = way("apply_rotary", with_table, case.freq)
-    frozen = Way("apply_rotary, frozen frequencies (plain RoPE)", run_frozen, load, frozen_errors)
-    fp32_freq, fp32_positions = case.freq.float(), case.positions.float()
-
-    def plain(name: str, form: formulations.Formulation, compiled: bool, every: int) -> Way:
-        apply = formulations.with_frequencies(form, compiled)
-        kind = "torch.compile" if compiled else "eager"
-        return way(f"{kind} {name}", lambda freq: apply(q, k, freq, fp32_positions), fp32_freq, every)
-
-    compiled = [
-        plain("rotate-half", formulations.rotate_half, True, every=2),
-        plain("split halves", formulations.split_halves, True, every=2),
-        plain("flipped pairs", formulations.flipped_pairs, True, every=2),
-    ]
-    eager = [
-        plain("rotate-half (the authors' form)", formulations.rotate_half, False, every=4),
-        plain("split halves", formulations.split_halves, False, every=4),
-        plain("complex product", formulations.complex_product, False, every=4),
-    ]
-    floor = copy_floor(case)
-    result = compare(benchmark, ours, [*compiled, *eager, frozen, floor], rounds=12)
+    ours = training.way("apply_rotary", learned, case.freq)
+    frozen = training.way("apply_rotary, frozen frequencies", lambda q, k: apply_rotary(q, k, frozen_table), None)
+    compiled = training.torch_ways(
+        True, {"rotate-half": formulations.rotate_half, "split halves": formulations.split_halves}, every=2
+    )
+    eager = training.torch_ways(
+        False,
+        {
+            "rotate-half (the authors' form)": formulations.rotate_half,
+            "split halves": formulations.split_halves,
+            "complex product": formulations.complex_product,
+        },
+        every=5,
+    )
+    floor = case.floor()
+    result = compare(benchmark, ours, [*compiled, *eager, frozen, floor], rounds=ROUNDS)
     fastest_compiled, fastest_eager = (result.fastest([way.name for way in ways]) for ways in (compiled, eager))
     record(
         benchmark,
         section="rotary",
         row="rotary forward, backward and dfreq",
-        case=f"{describe(case, dtype)}, sampled positions, t = {MAX_FACTOR}",
+        case=f"{case.name}, sampled positions",
         memory="fresh outputs and gradients from torch's default allocator for all",
-        weights=best_weights.kind,
+        weights=case.weights,
         error_unit=ERROR_UNIT,
         comparison=result,
         ours=ours.name,
@@ -314,17 +298,7 @@ def bench_forward_backward(benchmark: BenchmarkFixture, best_weights: Weights, d
         floor=floor.name,
         overhead=(ours.name, frozen.name),
         goals=[
-            Goal(
-                f"faster than the fastest torch.compile form ({fastest_compiled})",
-                result.ratio(fastest_compiled, ours.name),
-                "at least",
-                6,
-            ),
-            Goal(
-                f"faster than the fastest eager form ({fastest_eager})",
-                result.ratio(fastest_eager, ours.name),
-                "at least",
-                15,
-            ),
+            Goal(f"faster than {fastest_compiled}", result.ratio(fastest_compiled, ours.name), "at least", 6),
+            Goal(f"faster than {fastest_eager}", result.ratio(fastest_eager, ours.name), "at least", 15),
         ],
     )

@@ -75,7 +75,7 @@ def bench_training_step(benchmark: BenchmarkFixture, best_weights: Weights) -> N
     clex, plain = ClexStep(text, best_weights), PlainStep(text)
     ours = Way(CLEX, clex.run, clex.prepare, clex.errors)
     fixed = Way(PLAIN, plain.run, plain.prepare, plain.errors)
-    result = compare(benchmark, ours, [fixed], rounds=30)
+    result = compare(benchmark, ours, [fixed], rounds=20)
     record(
         benchmark,
         section="training",

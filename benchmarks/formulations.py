@@ -47,8 +47,10 @@ def split_halves_into(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor) -> None:
     x0, x1 = x.chunk(2, dim=-1)
     y0, y1 = y.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
-    y0.copy_(x0 * cos - x1 * sin)
-    y1.copy_(x1 * cos + x0 * sin)
+    # both halves before either is written: y may be x.
+    rotated0, rotated1 = x0 * cos - x1 * sin, x1 * cos + x0 * sin
+    y0.copy_(rotated0)
+    y1.copy_(rotated1)
 
 
 def split_halves_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:

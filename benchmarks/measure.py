@@ -2,9 +2,9 @@
 
 pytest-benchmark times one function to its end and then the next, so a ratio of two of its figures holds every drift of
 the machine between them. Here one round runs every way once: the rivals inside pytest-benchmark's untimed `setup`, each
-under the same clock, then ours as the benchmarked call. Ratios are of medians over rounds. Before a timed call the way's
-inputs are replaced by the next set; after it, untimed, what it returned is compared with fp64, and the largest error is
-kept.
+under the same clock, then ours as the benchmarked call. Ratios are of medians over rounds. Before a timed call the
+way's inputs are replaced by the next set; after it, untimed, what it returned is compared with fp64, and the largest
+error is kept. A way that is wrong, and not just inexact, is no rival: it raises.
 """
 
 import platform
@@ -68,17 +68,23 @@ class Comparison:
         return min(names, key=self.seconds.__getitem__)
 
 
-def compare(benchmark: BenchmarkFixture, ours: Way, others: Sequence[Way], rounds: int) -> Comparison:
-    """Times all ways in alternation; pytest-benchmark's own figures are those of `ours`."""
+def compare(
+    benchmark: BenchmarkFixture, ours: Way, others: Sequence[Way], rounds: int, wrong: float = 0.05
+) -> Comparison:
+    """Times all ways in alternation; pytest-benchmark's own figures are those of `ours`.
+
+    Raises:
+        ArithmeticError: some error is NaN or above `wrong`.
+    """
     ways = [*others, ours]
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
     errors: dict[str, dict[str, float]] = {way.name: {} for way in ways}
 
     def check(way: Way, turn: int, result: Any) -> None:
         for quantity, error in way.errors(turn, result).items():
-            # torch.maximum semantics: once NaN, always NaN.
-            worst = errors[way.name].get(quantity, 0.0)
-            errors[way.name][quantity] = error if not error <= worst else worst
+            if not error <= wrong:
+                raise ArithmeticError(f"{way.name}: expected an error of {quantity} of at most {wrong}, got {error}")
+            errors[way.name][quantity] = max(error, errors[way.name].get(quantity, 0.0))
 
     def timed(way: Way) -> Any:
         start = time.perf_counter()

@@ -35,10 +35,10 @@ RULES = """\
 Every figure is labelled: *measured* on the machine above in this run, *counted*, or *modelled*. All ways of a case run
 in one process and alternate round by round; times are medians over rounds, and ratios are of medians. Before each timed
 call, untimed, other inputs (or other weights) are written into the tensors that the call reads; after it, untimed, its
-output is compared with fp64 (frequencies: torchdiffeq dopri8 at 1e-13), and the largest error of all its calls is shown.
-The rival is the fastest of the formulations listed with it. The floor is a copy of the bytes that the operation writes.
-Threads and memory policy stand under each table. The ratio to the authors' way is no headline: it says how slow eager
-mode is, the floor and plain RoPE say what is left to gain."""
+output is compared with fp64 (frequencies: torchdiffeq dopri8 at 1e-13), and the largest error of all its calls is
+shown. The rival is the fastest of the formulations listed with it. The floor is a copy of the bytes that the operation
+writes. Threads and memory policy stand under each table. The ratio to the authors' way is no headline: it says how slow
+eager mode is; the floor and plain RoPE say what is left to gain."""
 
 
 def main() -> None:
@@ -80,7 +80,8 @@ def save_run(run: TrainingRun, out: Path) -> None:
 def run_benchmarks(weights: Path, results: Path) -> int:
     """Runs pytest in a process of its own, one progress step per case; returns its exit status."""
     options = ["--benchmark-only", f"--benchmark-json={results}", f"--weights={weights}", "-vv", "--color=no"]
-    command = [sys.executable, "-m", "pytest", "benchmarks", *options, "-p", "no:cacheprovider"]
+    # pytest's log capture would make torch.compile write its whole trace log.
+    command = [sys.executable, "-m", "pytest", "benchmarks", *options, "-p", "no:logging", "-p", "no:cacheprovider"]
     output: list[str] = []
     with (
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
@@ -172,9 +173,10 @@ def training_text(run: TrainingRun) -> str:
         [[str(length), f"{loss:.3f}"] for length, loss in run.held_out.items()],
     )
     return (
-        f"A byte-level Llama on pydoc topics and standard-library docstrings, split by document: {len(run.losses)} steps "
-        f"in {run.seconds:.0f} s at {CONFIG.train_length} bytes, t drawn from 1..{CONFIG.max_factor}, positions in runs. "
-        f"It shows that training through the op works; it is too short to say how well CLEX extrapolates.\n\n{held_out}"
+        "A byte-level Llama on pydoc topics and standard-library docstrings, split by document: "
+        f"{len(run.losses)} steps in {run.seconds:.0f} s at {CONFIG.train_length} bytes, t drawn from "
+        f"1..{CONFIG.max_factor}, positions in runs. It shows that training through the op works; it is too short to "
+        f"say how well CLEX extrapolates.\n\n{held_out}"
     )
 
 
