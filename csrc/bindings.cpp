@@ -147,10 +147,11 @@ std::vector<int64_t> table_cache_stats(int64_t handle) {
   return {stats.hits, stats.misses, stats.evictions, stats.bytes, stats.entries, stats.invalidations};
 }
 
-// of contiguous tensors: contents, shapes and element sizes.
+// of contents, shapes and element sizes.
 int64_t fingerprint(Tensors tensors) {
   uint64_t hash = tensors.size();
-  for (const Tensor& tensor : tensors) {
+  for (const Tensor& strided : tensors) {
+    const Tensor tensor = torch::stable::contiguous(strided);
     std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
     shape.push_back(static_cast<int64_t>(tensor.element_size()));
     hash = clex::hash_bytes(shape.data(), shape.size() * sizeof(int64_t), hash);

@@ -209,6 +209,34 @@ def test_under_graph_capture_a_miss_is_an_error_and_a_hit_is_pinned(monkeypatch:
     assert not storage.expired()
 
 
+def test_torch_compile_breaks_the_graph_and_asks_the_cache_every_time():
+    cache = TableCache(KEEP)
+    up, down = weights()
+
+    def step(x: Tensor) -> Tensor:
+        (row,) = cache.fetch("a", 4, weights_fingerprint(up, down), lambda: (up[0] * 2,))
+        return x * row
+
+    compiled = torch.compile(step, backend="aot_eager")
+    x = torch.randn(24)
+    for _ in range(2):
+        for _ in range(3):
+            assert torch.equal(compiled(x), x * (up[0] * 2))
+        up.data.mul_(1.5)
+    assert cache.stats()[:2] == (4, 2)
+
+
+def test_off_the_cpu_the_fingerprint_follows_address_and_version():
+    up, down = weights()
+    before = table_cache._fingerprint_by_version([up, down])
+    assert table_cache._fingerprint_by_version([up, down]) == before
+    assert table_cache._fingerprint_by_version([up.clone(), down]) != before
+    up.add_(1.0)
+    assert table_cache._fingerprint_by_version([up, down]) != before
+    with torch.inference_mode():
+        assert isinstance(table_cache._fingerprint_by_version([torch.ones(2), down]), int)
+
+
 def hammer(cache: TableCache, seed: int, errors: list[str]) -> None:
     generator = torch.Generator().manual_seed(seed)
     for kind, key, length, fingerprint in torch.randint(0, 1000, (600, 4), generator=generator).tolist():
