@@ -1,7 +1,7 @@
-// Rows of cosines and sines of position * freq, in fp64: what host and device share, and the host's functions.
+// Rows of cosines and sines of position * freq, in fp64: what host and device share, and the host loops.
 //
 // position * freq is kept as hi + lo (one product, its rounding error from an FMA), so that an angle of 2^31,
-// whose ulp is 5e-7, loses nothing. Reduction is Cody-Waite: n = round(2 hi / pi), r = hi - n P1 - n P2 + lo with
+// whose ulp is 5e-7, loses nothing. Cody-Waite reduction: n = round(2 hi / pi), r = hi - n P1 - n P2 + lo with
 // pi/2 = P1 + P2 to 106 bits; hi - n P1 is exact in one FMA. The polynomials on [-pi/4, pi/4] are fdlibm's.
 // Absolute error 2e-16.
 #pragma once
