@@ -108,15 +108,15 @@ class ClexConfig:
         rope = _clex_parameters(config)
         head_dim = _read(config, "head_dim")
         if head_dim is None:
-            heads = _positive_integer("num_attention_heads", _read(config, "num_attention_heads"))
-            head_dim = _positive_integer("hidden_size", _read(config, "hidden_size")) // heads
+            heads = _positive_integer("num_attention_heads", _needed(config, "num_attention_heads"))
+            head_dim = _positive_integer("hidden_size", _needed(config, "hidden_size")) // heads
         head_dim = _positive_integer("head_dim", head_dim)
         part = _either(rope, config, "partial_rotary_factor", default=_read(config, "rotary_pct", default=1.0))
         train_length = _either(rope, config, "original_max_position_embeddings")
         return cls(
             head_dim=head_dim,
-            train_length=_read(config, "max_position_embeddings") if train_length is None else train_length,
-            max_factor=_whole(_read(rope, "max_factor", default=cls.max_factor)),
+            train_length=_needed(config, "max_position_embeddings") if train_length is None else train_length,
+            max_factor=_whole(_needed(rope, "max_factor")),
             rotary_dim=int(head_dim * _real_above("partial_rotary_factor", part, 0.0)),
             rope_base=_either(rope, config, "rope_theta", default=cls.rope_base),
             ntk_base=_either(rope, config, "ntk_base", default=cls.ntk_base),
@@ -149,6 +149,13 @@ def _clex_parameters(config: Any) -> Mapping[str, Any]:
 def _read(config: Any, name: str, default: Any = None) -> Any:
     value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
     return default if value is None else value
+
+
+def _needed(config: Any, name: str) -> Any:
+    value = _read(config, name)
+    if value is None:
+        raise ValueError(f"{name}: expected in the configuration, got nothing")
+    return value
 
 
 def _either(rope: Mapping[str, Any], config: Any, name: str, default: Any = None) -> Any:
