@@ -33,9 +33,9 @@ class TableCache:
     """Tables kept between calls under a byte budget, least recently used evicted first. Thread-safe; stored in C++.
 
     All entries belong to the weights of one fingerprint, and a call with another one drops them. An entry larger than
-    the budget is kept until the next one is stored. Under CUDA graph capture hits are pinned, so that their memory lives
-    as long as the cache, and a miss is a RuntimeError: store the longest table before. Copies and pickles of a cache are
-    empty caches of the same budget.
+    the budget is kept until the next one is stored. Under CUDA graph capture hits are pinned, so that their memory
+    lives as long as the cache, and a miss is a RuntimeError: store the longest table before. Copies and pickles of a
+    cache are empty caches of the same budget.
     """
 
     def __init__(self, byte_budget: int):
@@ -114,8 +114,8 @@ def weights_fingerprint(up: Tensor, down: Tensor) -> int:
     """A number that changes with the weights up [R, M] and down [M, R].
 
     On the CPU a hash of their contents: it sees every write, `.data` and inference mode included. Elsewhere of their
-    addresses and version counters, which waits for nothing but misses writes through `.data`, to inference tensors and by
-    collectives: invalidate the cache after those.
+    addresses and version counters, which waits for nothing but misses writes through `.data`, to inference tensors and
+    by collectives: invalidate the cache after those.
     """
     weights = (up, down)
     if all(weight.device.type == "cpu" for weight in weights):
