@@ -285,8 +285,7 @@ class ClexRotaryEmbedding(nn.Module):
             self._warned = True
             warnings.warn(
                 f"{length} tokens are past train_length * max_factor = {self._limit}: positions go on, but the"
-                f" frequencies stay those of t = {self.config.max_factor}",
-                stacklevel=4,
+                f" frequencies stay those of t = {self.config.max_factor}"
             )
         return self._limit << ((length - 1) // self._limit).bit_length()
 
