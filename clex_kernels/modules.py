@@ -16,6 +16,7 @@ optimizer step makes down nonzero, and from then on both learn.
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -86,6 +87,8 @@ class ClexRotaryEmbedding(nn.Module):
             raise TypeError(f"config: expected a ClexConfig, got {type(config).__name__}")
         self.config = config
         self.proj_func = _OdeProjection(config, device)
+        # with max_factor = 1 the solution would end where it starts and have no step to read.
+        self._solved = replace(config, max_factor=max(config.max_factor, 2))
         self._cache = TableCache(cache_bytes)
         self._warned = False
 
@@ -142,11 +145,11 @@ class ClexRotaryEmbedding(nn.Module):
         """
         if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"lengths: expected an int32 or int64 tensor, got {getattr(lengths, 'dtype', lengths)}")
-        if lengths.dim() != 1 or lengths.device.type not in ("cpu", self.device.type):
-            expected = f"shape [B] on {self.device} or the CPU"
+        if lengths.dim() != 1 or len(lengths) == 0 or lengths.device.type not in ("cpu", self.device.type):
+            expected = f"shape [B], B >= 1, on {self.device} or the CPU"
             raise ValueError(f"lengths: expected {expected}, got {list(lengths.shape)} on {lengths.device}")
         room = self._limit if max_length is None else self._room(_tokens("max_length", max_length))
-        if lengths.device.type == "cpu" and lengths.numel():
+        if lengths.device.type == "cpu":
             shortest, longest = (int(value) for value in lengths.aminmax())
             _tokens("lengths", shortest)
             needed = self._room(longest)
@@ -285,7 +288,8 @@ class ClexRotaryEmbedding(nn.Module):
             self._warned = True
             warnings.warn(
                 f"{length} tokens are past train_length * max_factor = {self._limit}: positions go on, but the"
-                f" frequencies stay those of t = {self.config.max_factor}"
+                f" frequencies stay those of t = {self.config.max_factor}",
+                stacklevel=3,
             )
         return self._limit << ((length - 1) // self._limit).bit_length()
 
@@ -311,7 +315,7 @@ class ClexRotaryEmbedding(nn.Module):
     def _evaluate(self, t: Tensor, fingerprint: int) -> Tensor:
         """Frequencies [T, R] at `t` [T], read off the one solution over all t, which is cached like a table."""
         nodes, polynomials = self._cache.fetch(
-            f"trajectory {self.device}", 0, fingerprint, lambda: trajectory(*self._weights, self.config)
+            f"trajectory {self.device}", 0, fingerprint, lambda: trajectory(*self._weights, self._solved)
         )
         return evaluate(nodes, polynomials, t)
 
