@@ -4,9 +4,9 @@ Tables are looked up and built outside compiled regions, in methods that torch.c
 them as arguments. A table that came out of an operator inside a compiled graph would be Inductor's to reuse: it writes
 later results over op outputs it holds for dead, and so silently over the cache.
 
-Three frequencies agree to rounding, about 1e-14: the training ones of `solve_frequencies`, which carry gradients, and
-those of evaluation, read off one cached solution over all t (a trajectory), whether for one length, for all integer t,
-or for one t per sequence. Evaluation ones are bit for bit the same for a sequence alone and in any batch.
+Training takes frequencies from `solve_frequencies`, with gradients; evaluation reads them off one cached solution over
+all t (a trajectory), be it for one length, for all integer t or for one t per sequence, so that they are bit for bit the
+same for a sequence alone and in any batch. The two agree to fp64 rounding.
 
 Initialisation is the authors': up Kaiming-uniform, down zero. With down = 0 the ODE adds nothing and t is NTK-aware
 scaling exactly, a good place to start from. At that point only down has a gradient, since up acts through it; one
@@ -47,7 +47,7 @@ class _OdeProjection(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_OdeProjection":
         def at_least_fp32(tensor: Tensor) -> Tensor:
-            # a bf16 weight moves the angle at position 100K by many turns: model.to(bfloat16) only moves devices here.
+            # weights rounded to bf16 move angles at position 100K by tens of turns: here only the device may change.
             changed = fn(tensor)
             return tensor.to(changed.device) if torch.finfo(changed.dtype).bits < 32 else changed
 
