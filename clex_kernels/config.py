@@ -2,4 +2,3 @@
 
 from dataclasses import dataclass
 from typing import Any, Literal
-

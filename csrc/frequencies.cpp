@@ -11,17 +11,28 @@ namespace clex {
 
 namespace {
 
-constexpr int LANES = 8;
-typedef double Lanes __attribute__((vector_size(64), aligned(8)));
-typedef float NarrowLanes __attribute__((vector_size(32), aligned(4)));
+// every row is padded to a multiple of the widest vector.
+constexpr int PADDING = 8;
 
-CLEX_INLINE void load(const double* from, Lanes& to) { to = *reinterpret_cast<const Lanes*>(from); }
-CLEX_INLINE void load(const float* from, Lanes& to) {
-  to = __builtin_convertvector(*reinterpret_cast<const NarrowLanes*>(from), Lanes);
-}
+// LANES is the width of the instruction set: gcc lowers wider vectors to memory operations.
+template <int LANES>
+struct Vector {
+  typedef double Wide __attribute__((vector_size(8 * LANES), aligned(8)));
+  typedef float Narrow __attribute__((vector_size(4 * LANES), aligned(4)));
+};
 
-// One thread with vectors. All row lengths are multiples of LANES, so there are no tails.
+// One thread with vectors.
+template <int LANES>
 struct HostTeam {
+  using Wide = typename Vector<LANES>::Wide;
+  using Narrow = typename Vector<LANES>::Narrow;
+
+  static CLEX_TEAM void load(const double* from, Wide& to) { to = *reinterpret_cast<const Wide*>(from); }
+  static CLEX_TEAM void load(const float* from, Wide& to) {
+    to = __builtin_convertvector(*reinterpret_cast<const Narrow*>(from), Wide);
+  }
+  static CLEX_TEAM void store(const Wide& from, double* to) { *reinterpret_cast<Wide*>(to) = from; }
+
   template <class F>
   CLEX_TEAM void each(int n, F f) const {
 #pragma omp simd
@@ -39,22 +50,22 @@ struct HostTeam {
     return largest + poison;
   }
 
-  // f(n, sum_k x[k] w[k, n]): VECTORS registers hold the sums of a block of columns, so nothing is reduced.
+  // f(n, sum_k x[k] w[k, n]) for a block of columns whose sums stay in registers: nothing is reduced.
   template <int VECTORS, class W, class F>
   CLEX_TEAM void columns(int K, int N, int n, const W* w, const double* x, F f) const {
-    Lanes sums[VECTORS] = {};
+    Wide sums[VECTORS] = {};
     for (int k = 0; k < K; ++k) {
       const W* row = w + static_cast<int64_t>(k) * N + n;
 #pragma GCC unroll 8
       for (int b = 0; b < VECTORS; ++b) {
-        Lanes value;
+        Wide value;
         load(row + b * LANES, value);
         sums[b] += x[k] * value;
       }
     }
     alignas(64) double stored[VECTORS * LANES];
 #pragma GCC unroll 8
-    for (int b = 0; b < VECTORS; ++b) *reinterpret_cast<Lanes*>(stored + b * LANES) = sums[b];
+    for (int b = 0; b < VECTORS; ++b) store(sums[b], stored + b * LANES);
 #pragma omp simd
     for (int b = 0; b < VECTORS * LANES; ++b) f(n + b, stored[b]);
   }
@@ -74,41 +85,73 @@ struct HostTeam {
 
   // c[i, j] += sum_e a[e, i] b[e, j]
   CLEX_TEAM void add_outer(int E, int rows, int columns, const double* a, const double* b, double* c) const {
-    constexpr int TALL = 4;
+    constexpr int TALL = 8;
     for (int i = 0; i < rows; i += TALL) {
       for (int j = 0; j < columns; j += LANES) {
-        Lanes sums[TALL];
-#pragma GCC unroll 4
+        Wide sums[TALL];
+#pragma GCC unroll 8
         for (int p = 0; p < TALL; ++p) load(c + (i + p) * columns + j, sums[p]);
         for (int e = 0; e < E; ++e) {
-          Lanes value;
+          Wide value;
           load(b + e * columns + j, value);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int p = 0; p < TALL; ++p) sums[p] += a[e * rows + i + p] * value;
         }
-#pragma GCC unroll 4
-        for (int p = 0; p < TALL; ++p) *reinterpret_cast<Lanes*>(c + (i + p) * columns + j) = sums[p];
+#pragma GCC unroll 8
+        for (int p = 0; p < TALL; ++p) store(sums[p], c + (i + p) * columns + j);
       }
     }
   }
 };
 
 template <class W>
-CLEX_INLINE void run_forward_body(const Dynamics<W>& dynamics, const Solution& out, double* memory, Outcome& outcome) {
-  outcome = integrate(HostTeam(), dynamics, out, memory);
-}
-CLEX_MULTIVERSION(run_forward,
-                  (const Dynamics<T>& dynamics, const Solution& out, double* memory, Outcome& outcome),
-                  (dynamics, out, memory, outcome))
+struct Forward {
+  const Dynamics<W>& dynamics;
+  const Solution& out;
+  double* memory;
+  Outcome outcome;
+
+  template <class Team>
+  CLEX_TEAM void operator()(const Team& team) {
+    outcome = integrate(team, dynamics, out, memory);
+  }
+};
 
 template <class W>
-CLEX_INLINE void run_backward_body(const Dynamics<W>& dynamics, const Adjoint& in, double* memory) {
-  differentiate(HostTeam(), dynamics, in, memory);
-}
-CLEX_MULTIVERSION(run_backward, (const Dynamics<T>& dynamics, const Adjoint& in, double* memory),
-                  (dynamics, in, memory))
+struct Backward {
+  const Dynamics<W>& dynamics;
+  const Adjoint& in;
+  double* memory;
 
-int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
+  template <class Team>
+  CLEX_TEAM void operator()(const Team& team) {
+    differentiate(team, dynamics, in, memory);
+  }
+};
+
+template <class Job>
+CLEX_AVX512 void run_avx512(Job& job) {
+  job(HostTeam<8>());
+}
+template <class Job>
+CLEX_AVX2 void run_avx2(Job& job) {
+  job(HostTeam<4>());
+}
+template <class Job>
+void run_baseline(Job& job) {
+  job(HostTeam<2>());
+}
+
+template <class Job>
+void run(Job& job) {
+  switch (active_isa()) {
+    case Isa::avx512: return run_avx512(job);
+    case Isa::avx2: return run_avx2(job);
+    case Isa::baseline: return run_baseline(job);
+  }
+}
+
+int padded(int n) { return (n + PADDING - 1) / PADDING * PADDING; }
 
 template <class T>
 std::unique_ptr<T[]> uninitialised(int64_t n) {
@@ -129,10 +172,10 @@ void copy_padded(const A* from, int rows, int columns, int from_stride, B* to, i
 template <class W>
 std::unique_ptr<W[]> transposed(const W* from, int rows, int columns) {
   auto to = uninitialised<W>(static_cast<int64_t>(rows) * columns);
-  // by blocks that stay in the first-level cache; rows and columns are multiples of LANES.
-  for (int i = 0; i < rows; i += LANES) {
+  // by blocks that stay in the first-level cache; rows and columns are multiples of PADDING.
+  for (int i = 0; i < rows; i += PADDING) {
     for (int j = 0; j < columns; ++j) {
-      for (int p = 0; p < LANES; ++p) to[static_cast<int64_t>(j) * rows + i + p] = from[(i + p) * columns + j];
+      for (int p = 0; p < PADDING; ++p) to[static_cast<int64_t>(j) * rows + i + p] = from[(i + p) * columns + j];
     }
   }
   return to;
@@ -194,9 +237,9 @@ Solved solve(const FrequencySizes& sizes, const W* up, const W* down, const Solu
   if (!valid_times(out.times, out.count)) return Solved::bad_times;
   const Packed<W> packed(sizes, up, down, false);
   const auto memory = uninitialised<double>(forward_doubles(packed.dynamics.R, packed.dynamics.M));
-  Outcome outcome;
-  run_forward<W>(packed.dynamics, out, memory.get(), outcome);
-  return outcome == Outcome::solved ? Solved::yes : Solved::not_converged;
+  Forward<W> forward{packed.dynamics, out, memory.get(), Outcome::solved};
+  run(forward);
+  return forward.outcome == Outcome::solved ? Solved::yes : Solved::not_converged;
 }
 
 }  // namespace
@@ -231,7 +274,8 @@ void solve_frequencies_bwd_cpu(const FrequencySizes& sizes, const W* up, const W
   std::fill_n(sums.get(), 2 * weights, 0.0);
   const auto memory = uninitialised<double>(backward_doubles(R, M));
   const Adjoint in = {times, sizes.count, nodes, states, freq, dfreq, sums.get(), sums.get() + weights};
-  run_backward<W>(packed.dynamics, in, memory.get());
+  Backward<W> backward{packed.dynamics, in, memory.get()};
+  run(backward);
   copy_padded(in.dup, sizes.pairs, sizes.hidden, M, dup, sizes.pairs, sizes.hidden);
   copy_padded(in.ddown, sizes.hidden, sizes.pairs, R, ddown, sizes.hidden, sizes.pairs);
 }

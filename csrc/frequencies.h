@@ -33,4 +33,22 @@ void solve_frequencies_bwd_cpu(const FrequencySizes& sizes, const W* up, const W
                                const double* nodes, const double* states, const double* freq, const double* dfreq,
                                W* dup, W* ddown);
 
+// The same on CUDA, asynchronously; a solution that does not exist is NaN. Weights in row-major order, `memory` of
+// memory_doubles, sums dup and ddown in fp64 and zero on entry. The result is null or an error of the CUDA runtime.
+int64_t memory_doubles(const FrequencySizes& sizes);
+
+template <class W>
+const char* solve_frequencies_cuda(const FrequencySizes& sizes, const W* up, const W* down, const double* times,
+                                   const double* frozen, double* freq, double* nodes, double* states,
+                                   int64_t* evaluations, double* memory, void* stream);
+
+template <class W>
+const char* trajectory_cuda(const FrequencySizes& sizes, const W* up, const W* down, double last, double* nodes,
+                            double* polynomials, int64_t* evaluations, double* memory, void* stream);
+
+template <class W>
+const char* solve_frequencies_bwd_cuda(const FrequencySizes& sizes, const W* up, const W* down, const double* times,
+                                       const double* nodes, const double* states, const double* freq,
+                                       const double* dfreq, double* dup, double* ddown, double* memory, void* stream);
+
 }  // namespace clex
