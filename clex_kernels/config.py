@@ -2,3 +2,4 @@
 
 from dataclasses import dataclass
 from typing import Any, Literal
+
