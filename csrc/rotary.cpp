@@ -120,7 +120,8 @@ CLEX_INLINE double fill_row(const RotaryCall& call, int64_t b, int64_t l, R* __r
     cosine[i] = cc * fc - cs * fs;
     sine[i] = sign * (cs * fc + cc * fs);
   }
-  return call.positions ? call.positions[table * call.positions_stride + position] : static_cast<double>(position);
+  if (!call.positions) return static_cast<double>(position);
+  return call.positions[table * call.positions_strides[0] + position * call.positions_strides[1]];
 }
 
 template <class T>

@@ -33,7 +33,7 @@ struct RotaryCall {
 
   // position values [T or 1, C F] for dfreq where they are not 0, 1, 2, ...
   const double* positions = nullptr;
-  int64_t positions_stride = 0;
+  int64_t positions_strides[2] = {};
 
   const int64_t* index = nullptr;  // [B], which table a sequence uses
   int64_t index_stride = 0;
