@@ -8,7 +8,7 @@ Dimensions past 2R pass through. With x the gradient of y, the transposed map is
 
     dangle = dy1 * y0 - dy0 * y1              dfreq[i] = sum of p * dangle over tokens and heads
 
-so the rotated tensors are all that the backward pass needs, and they are saved only if freq wants a gradient. freq enters
+so the rotated tensors are all that the backward pass needs; they are saved only if freq wants a gradient. freq enters
 the operators for that alone: the angles come from the factored tables, row p being the complex product
 coarse[p // F] * fine[p % F], and no gradient flows to those.
 
@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from clex_kernels.extension import library
+from clex_kernels.rotary_checks import check_in_place, check_operand, check_out, check_positions, stacked
 from clex_kernels.tables import RotaryTable, RotaryTableStack
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 library.define(
     "rotary(Tensor q, Tensor? k, Tensor freq, Tensor coarse, Tensor fine, Tensor? positions, Tensor? index, "
@@ -48,43 +47,24 @@ def _empty_outputs(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k)
 
 
-def _rotary_fake(
-    q: Tensor,
-    k: Tensor | None,
-    freq: Tensor,
-    coarse: Tensor,
-    fine: Tensor,
-    positions: Tensor | None,
-    index: Tensor | None,
-    position_ids: Tensor | None,
-    offset: int,
-) -> tuple[Tensor, Tensor]:
+def _rotary_fake(q: Tensor, k: Tensor | None, *tables: Any) -> tuple[Tensor, Tensor]:
     return _empty_outputs(q, k)
 
 
-def _rotary_in_place_fake(*arguments: Any) -> None:
-    return None
-
-
 def _rotary_bwd_fake(
-    dq_out: Tensor,
-    dk_out: Tensor | None,
-    q_out: Tensor | None,
-    k_out: Tensor | None,
-    coarse: Tensor,
-    fine: Tensor,
-    positions: Tensor | None,
-    index: Tensor | None,
-    position_ids: Tensor | None,
-    offset: int,
+    dq_out: Tensor, dk_out: Tensor | None, q_out: Tensor | None, k_out: Tensor | None, coarse: Tensor, *tables: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = (0,) if q_out is None else (coarse.shape[0], coarse.shape[3])
     return *_empty_outputs(dq_out, dk_out), dq_out.new_empty(size, dtype=torch.float64)
 
 
+def _writing_fake(*arguments: Any) -> None:
+    return None
+
+
 torch.library.register_fake("clex::rotary", _rotary_fake, lib=library)
-torch.library.register_fake("clex::rotary_", _rotary_in_place_fake, lib=library)
-torch.library.register_fake("clex::rotary_out", _rotary_in_place_fake, lib=library)
+torch.library.register_fake("clex::rotary_", _writing_fake, lib=library)
+torch.library.register_fake("clex::rotary_out", _writing_fake, lib=library)
 torch.library.register_fake("clex::rotary_bwd", _rotary_bwd_fake, lib=library)
 
 
@@ -155,6 +135,8 @@ def _rotary_bwd_cuda(
     if q_out is None:
         _rotary_out_cuda(dq_out, dk_out, coarse, fine, index, position_ids, offset, True, dq, kept_dk)
         return dq, dk, dq_out.new_empty(0, dtype=torch.float64)
+    if positions is not None:
+        positions = positions.contiguous()
     per_sequence = launch_rotary_bwd(
         dq_out, dk_out, q_out, k_out, dq, kept_dk, coarse, fine, positions, index, position_ids, offset
     )
@@ -190,30 +172,38 @@ def _gradients(
     return sources, None if saved[0] is None else dfreq
 
 
-def _rotary_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, k, freq, coarse, fine, positions, index, position_ids, offset = inputs
-    q_out, k_out = output if freq.requires_grad else (None, None)
-    ctx.has_k, ctx.offset = k is not None, offset
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q_out, k_out if ctx.has_k else None, coarse, fine, positions, index, position_ids)
+class _Rotary(torch.autograd.Function):
+    """Autograd of clex::rotary, also registered for the operator itself, whose own way in is slower."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.clex.rotary(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, k, freq, *tables, offset = inputs
+        ctx.has_k, ctx.offset = k is not None, offset
+        ctx.set_materialize_grads(False)
+        q_out, k_out = output if freq.requires_grad else (None, None)
+        ctx.save_for_backward(q_out, k_out if ctx.has_k else None, *tables)
+
+    @staticmethod
+    def backward(ctx: Any, dq_out: Tensor | None, dk_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        q_out, k_out, *tables = ctx.saved_tensors
+        (dq, dk), dfreq = _gradients(ctx, (dq_out, dk_out if ctx.has_k else None), (q_out, k_out), *tables)
+        return dq, dk, dfreq, None, None, None, None, None, None
 
 
-def _rotary_backward(ctx: Any, dq_out: Tensor | None, dk_out: Tensor | None) -> tuple[Tensor | None, ...]:
-    q_out, k_out, *tables = ctx.saved_tensors
-    (dq, dk), dfreq = _gradients(ctx, (dq_out, dk_out if ctx.has_k else None), (q_out, k_out), *tables)
-    return dq, dk, dfreq, None, None, None, None, None, None
-
-
-def _rotary_bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _no_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     return None
 
 
-def _rotary_bwd_backward(ctx: Any, *gradients: Tensor) -> None:
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
     raise RuntimeError("apply_rotary: its gradient can't be differentiated again (no second derivatives)")
 
 
-torch.library.register_autograd("clex::rotary", _rotary_backward, setup_context=_rotary_setup, lib=library)
-torch.library.register_autograd("clex::rotary_bwd", _rotary_bwd_backward, setup_context=_rotary_bwd_setup, lib=library)
+torch.library.register_autograd("clex::rotary", _Rotary.backward, setup_context=_Rotary.setup_context, lib=library)
+torch.library.register_autograd("clex::rotary_bwd", _no_second_derivative, setup_context=_no_context, lib=library)
 
 
 class _Unwritten:
@@ -274,6 +264,15 @@ class _RotaryInPlace(torch.autograd.Function):
         return dx, dfreq, None, None, None, None, None, None, None
 
 
+def _rotate_in_place(q: Tensor, k: Tensor | None, *tables: Any) -> tuple[Tensor, Tensor | None]:
+    unwritten = _Unwritten()
+    q = _RotaryInPlace.apply(q, *tables, unwritten)
+    if k is not None:
+        k = _RotaryInPlace.apply(k, *tables, unwritten)
+    unwritten.seal(q, k)
+    return q, k
+
+
 def apply_rotary(
     q: Tensor,
     k: Tensor | None,
@@ -305,179 +304,30 @@ def apply_rotary(
         ValueError: shapes, devices or strides don't fit, or a position lies outside the table.
         RuntimeError: a leaf that requires grad is rotated in place.
     """
-    _check_operand("q", q, q, table)
+    check_operand("q", q, q)
     if k is not None:
-        _check_operand("k", k, q, table)
-    freq, coarse, fine, positions, index = _stacked(q, table, debug)
-    _check_positions(q, coarse.shape[1] * fine.shape[1], position_ids, offset, debug)
+        check_operand("k", k, q)
+    freq, coarse, fine, positions, index = stacked(q, table, debug)
+    check_positions(q, coarse.shape[1] * fine.shape[1], position_ids, offset, debug)
     wants_grad = torch.is_grad_enabled() and (
         q.requires_grad or freq.requires_grad or (k is not None and k.requires_grad)
     )
     if out is not None:
-        q_out, k_out = _check_out(q, k, out, inplace, wants_grad)
+        q_out, k_out = check_out(q, k, out, inplace, wants_grad)
         torch.ops.clex.rotary_out(q, k, coarse, fine, index, position_ids, offset, False, q_out, k_out)
         return q_out, k_out
-    if not inplace:
-        q_out, k_out = torch.ops.clex.rotary(q, k, freq, coarse, fine, positions, index, position_ids, offset)
-        return q_out, None if k is None else k_out
-
-    _check_in_place(q, k, wants_grad)
-    if not wants_grad:
-        torch.ops.clex.rotary_(q, k, coarse, fine, index, position_ids, offset, False)
-        return q, k
-    tables = (freq, coarse, fine, positions, index, position_ids, offset)
-    if torch.compiler.is_compiling():
-        # the compiler turns in-place code into functions anyway, and then knows nothing of versions.
-        q_out, k_out = torch.ops.clex.rotary(q, k, *tables)
-        return q.copy_(q_out), None if k is None else k.copy_(k_out)
-    unwritten = _Unwritten()
-    q = _RotaryInPlace.apply(q, *tables, unwritten)
-    if k is not None:
-        k = _RotaryInPlace.apply(k, *tables, unwritten)
-    unwritten.seal(q, k)
-    return q, k
-
-
-def _on_host(x: Tensor) -> bool:
-    """Whether x's values can be looked at for nothing: not on a device, nor while something is traced."""
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
-
-
-def _check_operand(name: str, x: Tensor, q: Tensor, table: RotaryTable | RotaryTableStack) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x is not q and (x.dtype != q.dtype or x.device != q.device):
-        error = TypeError if x.dtype != q.dtype else ValueError
-        raise error(f"{name}: expected q's {q.dtype} on {q.device}, got {x.dtype} on {x.device}")
-    if x.dtype not in _DTYPES or (x.dtype == torch.float64 and x.device.type == "cuda"):
-        raise TypeError(f"{name}: expected float32, float16, bfloat16, or float64 on the CPU, got {x.dtype}")
-    heads = "H" if x is q else "G"
-    if x.dim() != 4:
-        raise ValueError(f"{name}: expected shape [B, L, {heads}, D], got {list(x.shape)}")
-    if x is not q and (x.shape[0], x.shape[1], x.shape[3]) != (q.shape[0], q.shape[1], q.shape[3]):
-        b, length, _, d = q.shape
-        raise ValueError(f"{name}: expected shape [B={b}, L={length}, G, D={d}] as q's, got {list(x.shape)}")
-    if x.shape[3] > 1 and x.stride(3) != 1:
-        raise ValueError(f"{name}: expected unit stride in D, got strides {list(x.stride())}")
-    if not isinstance(table, (RotaryTable, RotaryTableStack)):
-        raise TypeError(f"table: expected a RotaryTable or RotaryTableStack, got {type(table).__name__}")
-    rotary_dim = 2 * table.coarse.shape[-1]
-    if rotary_dim > x.shape[3]:
-        raise ValueError(f"table: expected a rotary dimension 2R of at most D={x.shape[3]}, got {rotary_dim}")
-
-
-def _stacked(
-    q: Tensor, table: RotaryTable | RotaryTableStack, debug: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """freq, coarse, fine and positions with a leading T, and the index of each sequence."""
-    wanted = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if table.coarse.dtype != wanted:
-        raise TypeError(f"table: expected dtype {wanted} for q of {q.dtype}, got {table.coarse.dtype}")
-    if table.coarse.device != q.device:
-        raise ValueError(f"table: expected it on q's device {q.device}, got {table.coarse.device}")
-    if isinstance(table, RotaryTable):
-        positions = None if table.positions is None else table.positions.unsqueeze(0)
-        return table.freq.unsqueeze(0), table.coarse.unsqueeze(0), table.fine.unsqueeze(0), positions, None
-    _check_index(q, table.index, table.coarse.shape[0], debug)
-    return table.freq, table.coarse, table.fine, table.positions, table.index
-
-
-def _check_index(q: Tensor, index: Tensor | None, tables: int, debug: bool) -> None:
-    batch = q.shape[0]
-    if index is None:
-        if tables not in (1, batch):
-            raise ValueError(f"table: a stack of T={tables} needs an index [B={batch}], call table.select(lengths)")
-        return
-    if index.dtype != torch.int64:
-        raise TypeError(f"table.index: expected int64, got {index.dtype}")
-    if index.shape != (batch,) or index.device != q.device:
-        raise ValueError(
-            f"table.index: expected shape [B={batch}] on {q.device}, got {list(index.shape)} on {index.device}"
-        )
-    if index.numel() > 0 and (_on_host(index) or debug):
-        low, high = (int(bound) for bound in index.aminmax())
-        if low < 0 or high >= tables:
-            raise ValueError(f"table.index: expected values in [0, T={tables}), got {low} to {high}")
-
-
-def _check_positions(q: Tensor, length: int, position_ids: Tensor | None, offset: int, debug: bool) -> None:
-    batch, tokens = q.shape[:2]
-    if not isinstance(offset, (int, torch.SymInt)):
-        raise TypeError(f"offset: expected an int, got {type(offset).__name__}")
-    if position_ids is None:
-        if offset < 0:
-            raise ValueError(f"offset: expected at least 0, got {offset}")
-        if offset + tokens > length:
-            raise ValueError(
-                f"offset: expected offset + L to stay within the table's {length} positions, got {offset} + {tokens}"
-            )
-        return
-    if not isinstance(position_ids, Tensor) or position_ids.dtype != torch.int64:
-        got = position_ids.dtype if isinstance(position_ids, Tensor) else type(position_ids).__name__
-        raise TypeError(f"position_ids: expected an int64 tensor, got {got}")
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
-        raise ValueError(
-            f"position_ids: expected shape [B={batch} or 1, L={tokens}], got {list(position_ids.shape)}"
-        )
-    if position_ids.device != q.device:
-        raise ValueError(f"position_ids: expected it on q's device {q.device}, got {position_ids.device}")
-    if position_ids.numel() > 0 and (_on_host(position_ids) or debug):
-        low, high = (int(bound) + offset for bound in position_ids.aminmax())
-        if low < 0 or high >= length:
-            raise ValueError(f"position_ids: expected positions in [0, {length}), got {low} to {high}")
-
-
-def _check_writable(name: str, x: Tensor) -> None:
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(f"{name}: can't be written to, since elements share memory (strides {list(x.stride())})")
-
-
-def _check_distinct(names: str, first: Tensor, second: Tensor | None) -> None:
-    if second is None:
-        return
-    shared = first is second
-    if not shared and _on_host(first) and _on_host(second) and first.numel() > 0 and second.numel() > 0:
-        shared = first.data_ptr() == second.data_ptr()
-    if shared:
-        raise ValueError(f"{names}: expected tensors that share no memory")
-
-
-def _check_in_place(q: Tensor, k: Tensor | None, wants_grad: bool) -> None:
-    _check_distinct("q, k", q, k)
-    for name, x in (("q", q), ("k", k)):
-        if x is None:
-            continue
-        _check_writable(name, x)
-        # autograd says the same, but only after the values are gone.
-        base = x._base if x._is_view() else x
-        if wants_grad and base.is_leaf and base.requires_grad:
-            raise RuntimeError(f"{name}: a leaf (or a view of one) that requires grad can't be rotated in place")
-
-
-def _check_out(
-    q: Tensor, k: Tensor | None, out: tuple[Tensor, Tensor | None], inplace: bool, wants_grad: bool
-) -> tuple[Tensor, Tensor | None]:
     if inplace:
-        raise ValueError("out: expected None together with inplace=True")
-    if not isinstance(out, (tuple, list)) or len(out) != 2:
-        raise TypeError("out: expected (q_out, k_out)")
-    q_out, k_out = out
-    if (k_out is None) != (k is None):
-        raise ValueError("out: expected k_out to be None where k is, and only there")
-    if wants_grad or any(x is not None and x.requires_grad for x in out):
-        raise ValueError("out: not differentiable, expected tensors that need no gradient (or torch.no_grad())")
-    for name, source, target in (("out[0]", q, q_out), ("out[1]", k, k_out)):
-        if source is None:
-            continue
-        if not isinstance(target, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(target).__name__}")
-        if (target.shape, target.dtype, target.device) != (source.shape, source.dtype, source.device):
-            raise ValueError(
-                f"{name}: expected {list(source.shape)} {source.dtype} on {source.device}, "
-                f"got {list(target.shape)} {target.dtype} on {target.device}"
-            )
-        if target.shape[3] > 1 and target.stride(3) != 1:
-            raise ValueError(f"{name}: expected unit stride in D, got strides {list(target.stride())}")
-        _check_writable(name, target)
-    _check_distinct("out", q_out, k_out)
-    return q_out, k_out
+        check_in_place(q, k, wants_grad)
+        if not wants_grad:
+            torch.ops.clex.rotary_(q, k, coarse, fine, index, position_ids, offset, False)
+            return q, k
+    tables = (freq, coarse, fine, positions, index, position_ids, offset)
+    if inplace and not torch.compiler.is_compiling():
+        return _rotate_in_place(q, k, *tables)
+    # under the compiler the operator has less to trace.
+    rotate = _Rotary.apply if wants_grad and not torch.compiler.is_compiling() else torch.ops.clex.rotary
+    q_out, k_out = rotate(q, k, *tables)
+    if inplace:
+        # the compiler turns code in place into functions anyway.
+        q_out, k_out = q.copy_(q_out), k if k is None else k.copy_(k_out)
+    return q_out, None if k is None else k_out
