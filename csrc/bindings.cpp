@@ -35,7 +35,7 @@ clex::Element element_of(const Tensor& x) {
 }
 
 void set_strides(const Tensor& x, int64_t (&strides)[3]) {
-  STD_TORCH_CHECK(x.size(3) <= 1 || x.stride(3) == 1, "rotary: D must have unit stride");
+  STD_TORCH_CHECK(x.size(3) <= 1 || x.stride(3) == 1 || x.numel() == 0, "rotary: D must have unit stride");
   for (int i = 0; i < 3; ++i) strides[i] = x.stride(i);
 }
 
