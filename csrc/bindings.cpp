@@ -90,6 +90,12 @@ clex::RotaryCall rotary_call(const Tensor& q, const Tensor& coarse, const Tensor
   return call;
 }
 
+Tensor fresh_like(const Tensor& x) {
+  Tensor y = torch::stable::empty_like(x);
+  clex::advise_huge_pages(y.mutable_data_ptr(), y.numel() * y.element_size());
+  return y;
+}
+
 void rotate_tokens(const clex::RotaryCall& call) {
   const int64_t token_size = (call.tensors[0].heads + call.tensors[1].heads) * call.dim;
   const int64_t grain = 32768 / (token_size + 1) + 1;
@@ -117,8 +123,8 @@ std::tuple<Tensor, Tensor> rotary_cpu(const Tensor& q, const std::optional<Tenso
                                       const Tensor& coarse, const Tensor& fine, const std::optional<Tensor>&,
                                       const std::optional<Tensor>& index,
                                       const std::optional<Tensor>& position_ids, int64_t offset) {
-  Tensor q_out = torch::stable::empty_like(q);
-  Tensor k_out = k ? torch::stable::empty_like(*k) : torch::stable::new_empty(q, {0});
+  Tensor q_out = fresh_like(q);
+  Tensor k_out = k ? fresh_like(*k) : torch::stable::new_empty(q, {0});
   rotary_out_cpu(q, k, coarse, fine, index, position_ids, offset, false, q_out,
                  k ? std::optional(k_out) : std::nullopt);
   return {q_out, k_out};
@@ -130,8 +136,8 @@ std::tuple<Tensor, Tensor, Tensor> rotary_bwd_cpu(const Tensor& dq_out, const st
                                                   const Tensor& fine, const std::optional<Tensor>& positions,
                                                   const std::optional<Tensor>& index,
                                                   const std::optional<Tensor>& position_ids, int64_t offset) {
-  Tensor dq = torch::stable::empty_like(dq_out);
-  Tensor dk = dk_out ? torch::stable::empty_like(*dk_out) : torch::stable::new_empty(dq_out, {0});
+  Tensor dq = fresh_like(dq_out);
+  Tensor dk = dk_out ? fresh_like(*dk_out) : torch::stable::new_empty(dq_out, {0});
   clex::RotaryCall call = rotary_call(dq_out, coarse, fine, positions, index, position_ids, offset);
   call.conjugate = true;
   call.tensors[0] = rotary_tensor(dq_out, dq);

@@ -4,7 +4,6 @@
 #include "rotary.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -15,7 +14,11 @@
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
+#include "elements.h"
 #include "isa.h"
 
 namespace clex {
@@ -27,63 +30,21 @@ constexpr std::align_val_t kAlignment{64};
 // beyond this size an output leaves the caches before anybody reads it: write around them.
 constexpr int64_t kStreamBytes = 16 << 20;
 
-struct Bf16 {
-  uint16_t bits;
-};
-struct Fp16 {
-  uint16_t bits;
-};
-
-template <class T>
-using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-CLEX_INLINE float widen(float x) { return x; }
-CLEX_INLINE double widen(double x) { return x; }
-CLEX_INLINE float widen(Bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
-
-// the exponent is rebased by a product, which also normalises: branch-free, so that it vectorises.
-CLEX_INLINE float widen(Fp16 x) {
-  const uint32_t word = static_cast<uint32_t>(x.bits) << 16;
-  const uint32_t magnitude = word & 0x7fffffffu;
-  const float normal = std::bit_cast<float>((magnitude >> 3) + 0x70000000u) * 0x1p-112f;
-  const float subnormal = std::bit_cast<float>((magnitude >> 16) | 0x3f000000u) - 0.5f;
-  const float value = magnitude < 0x04000000u ? subnormal : normal;
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(value) | (word & 0x80000000u));
-}
-
-CLEX_INLINE void narrow(float value, float& x) { x = value; }
-CLEX_INLINE void narrow(double value, double& x) { x = value; }
-
-// rounds to nearest even by carrying half a unit into the bits that stay.
-CLEX_INLINE void narrow(float value, Bf16& x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  x.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
-// the sum with a power of two of the right size rounds to the bits that fp16 keeps.
-CLEX_INLINE void narrow(float value, Fp16& x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const float saturated = std::bit_cast<float>(magnitude) * 0x1p112f * 0x1p-110f;
-  const uint32_t exponent = std::max(magnitude & 0x7f800000u, 0x38800000u);
-  const uint32_t sum = std::bit_cast<uint32_t>(std::bit_cast<float>(exponent + 0x07800000u) + saturated);
-  const uint32_t finite = ((sum >> 13) & 0x7c00u) + (sum & 0x0fffu);
-  x.bits = static_cast<uint16_t>((bits >> 16 & 0x8000u) | (magnitude > 0x7f800000u ? 0x7e00u : finite));
-}
-
 // Working memory of one range of tokens: 64-byte aligned rows.
 template <class T>
 class Scratch {
  public:
   explicit Scratch(const RotaryCall& call) : pairs_(round_up(call.pairs)) {
-    const size_t bytes = 3 * pairs_ * sizeof(Real<T>) + round_up(call.dim) * sizeof(T);
+    const size_t bytes = 7 * pairs_ * sizeof(Real<T>) + round_up(call.dim) * sizeof(T);
     memory_.reset(static_cast<std::byte*>(::operator new(bytes, kAlignment)));
   }
   Real<T>* cosine() const { return reinterpret_cast<Real<T>*>(memory_.get()); }
   Real<T>* sine() const { return cosine() + pairs_; }
   Real<T>* dangle() const { return cosine() + 2 * pairs_; }
-  T* head() const { return reinterpret_cast<T*>(cosine() + 3 * pairs_); }
+  // the rotated part of a head and of its saved copy, widened.
+  Real<T>* row() const { return cosine() + 3 * pairs_; }
+  Real<T>* saved_row() const { return cosine() + 5 * pairs_; }
+  T* head() const { return reinterpret_cast<T*>(cosine() + 7 * pairs_); }
 
  private:
   struct Delete {
@@ -142,6 +103,23 @@ CLEX_INLINE void add_dangle(const T* dy, const T* y, Real<T>* __restrict dangle,
   }
 }
 
+// Rotates the pairs of one head; with its saved copy, also adds to dangle.
+template <class T>
+CLEX_INLINE void rotate_pairs(const T* x, T* y, const T* rotated, const Scratch<T>& scratch, int64_t pairs) {
+  if constexpr (std::is_same_v<T, Fp16>) {
+    widen_row(x, scratch.row(), 2 * pairs);
+    if (rotated) {
+      widen_row(rotated, scratch.saved_row(), 2 * pairs);
+      add_dangle(scratch.row(), scratch.saved_row(), scratch.dangle(), pairs);
+    }
+    rotate_head(scratch.row(), scratch.row(), scratch.cosine(), scratch.sine(), pairs);
+    narrow_row(scratch.row(), y, 2 * pairs);
+  } else {
+    if (rotated) add_dangle(x, rotated, scratch.dangle(), pairs);
+    rotate_head(x, y, scratch.cosine(), scratch.sine(), pairs);
+  }
+}
+
 // Copies a finished head out of the cache, around it where that can be done 16 bytes at a time.
 template <class T>
 CLEX_INLINE void stream_head(const T* __restrict head, T* __restrict y, int64_t dim) {
@@ -176,11 +154,9 @@ CLEX_INLINE void rotate_token(const RotaryCall& call, const Scratch<T>& scratch,
       const T* x = static_cast<const T*>(tensor.source) + b * from[0] + l * from[1] + h * from[2];
       T* target = static_cast<T*>(tensor.target) + b * to[0] + l * to[1] + h * to[2];
       T* y = stream ? scratch.head() : target;
-      if (want_dangle) {
-        const T* rotated = static_cast<const T*>(tensor.rotated) + b * saved[0] + l * saved[1] + h * saved[2];
-        add_dangle(x, rotated, scratch.dangle(), pairs);
-      }
-      rotate_head(x, y, scratch.cosine(), scratch.sine(), pairs);
+      const T* rotated = nullptr;
+      if (want_dangle) rotated = static_cast<const T*>(tensor.rotated) + b * saved[0] + l * saved[1] + h * saved[2];
+      rotate_pairs(x, y, rotated, scratch, pairs);
       if (x != y && rest > 0) std::memcpy(y + 2 * pairs, x + 2 * pairs, rest * sizeof(T));
       if (stream) stream_head(y, target, call.dim);
     }
@@ -260,6 +236,16 @@ void rotary_bwd_reduce(const RotaryCall& call, const double* partials, double* d
     if (table < 0 || table >= call.tables) continue;
     for (int64_t i = 0; i < call.pairs; ++i) dfreq[table * call.pairs + i] += partials[chunk * call.pairs + i];
   }
+}
+
+void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kHugePage * kHugePage;
+  // advice only: refused where huge pages are off.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace clex

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace clex {
+#include "elements.h"
 
-enum class Element { fp32, fp16, bf16, fp64 };
+namespace clex {
 
 // One tensor [B, L, H, D], strides in elements over B, L and H, unit stride in D.
 struct RotaryTensor {
@@ -53,5 +53,8 @@ void rotary_bwd(const RotaryCall& call, int64_t begin, int64_t end, double* part
 
 // Adds the partials in order to dfreq [T, R], which holds zeros.
 void rotary_bwd_reduce(const RotaryCall& call, const double* partials, double* dfreq);
+
+// Asks for huge pages behind fresh memory about to be written: page faults cost more than the writing.
+void advise_huge_pages(void* memory, int64_t bytes);
 
 }  // namespace clex
