@@ -7,6 +7,10 @@
 #include <type_traits>
 
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+// gcc 12 warns of its own intrinsics, whose unused operands are undefined on purpose.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #endif
 
@@ -61,40 +65,32 @@ CLEX_INLINE void narrow(float value, Fp16& x) {
   x.bits = static_cast<uint16_t>((bits >> 16 & 0x8000u) | (magnitude > 0x7f800000u ? 0x7e00u : finite));
 }
 
-// compilers don't vectorise fp16 by the processor's own conversions, so whole rows have them by hand.
+// Whether the active instruction set converts bf16 and fp16 by itself (AVX-512 with its bf16 part).
+inline bool has_half_rows() {
 #if defined(__x86_64__)
-CLEX_AVX2 inline void widen_row_f16c(const Fp16* x, float* row, int64_t count) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    _mm256_storeu_ps(row + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
-  }
-  for (; i < count; ++i) row[i] = widen(x[i]);
+  return active_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
 }
 
-CLEX_AVX2 inline void narrow_row_f16c(const float* row, Fp16* x, int64_t count) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(row + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(x + i), half);
-  }
-  for (; i < count; ++i) narrow(row[i], x[i]);
-}
-#endif
-
-CLEX_INLINE void widen_row(const Fp16* x, float* row, int64_t count) {
 #if defined(__x86_64__)
-  if (active_isa() != Isa::baseline) return widen_row_f16c(x, row, count);
-#endif
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) row[i] = widen(x[i]);
-}
+#define CLEX_HALF_ROWS \
+  __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")))
 
-CLEX_INLINE void narrow_row(const float* row, Fp16* x, int64_t count) {
-#if defined(__x86_64__)
-  if (active_isa() != Isa::baseline) return narrow_row_f16c(row, x, count);
-#endif
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) narrow(row[i], x[i]);
+CLEX_HALF_ROWS inline __m512 load16(const Bf16* x) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
+CLEX_HALF_ROWS inline __m512 load16(const Fp16* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+CLEX_HALF_ROWS inline void store16(Bf16* x, __m512 value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+}
+CLEX_HALF_ROWS inline void store16(Fp16* x, __m512 value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
 
 }  // namespace clex
