@@ -22,7 +22,8 @@ def load_table_index(index_ptr, b, T):
     """Which of the T tables sequence b reads: index[b], or without an index the only table, or table b."""
     if index_ptr is None:
         return tl.minimum(b, T - 1)
-    return tl.load(index_ptr + b).to(tl.int64)
+    else:
+        return tl.load(index_ptr + b).to(tl.int64)
 
 
 @triton.jit

@@ -53,11 +53,11 @@ def rotate_heads(
 ):
     """Rotate the H heads of the tokens offs_l of sequence b from x into y."""
     offs_r = tl.arange(0, BLOCK_R)[None, None, :]
-    offs_l = offs_l.to(tl.int64)[:, None, None]
+    offs_l = offs_l.to(tl.int64)[None, :, None]
     x_ptrs = x_ptr + b * x_strides[0] + offs_l * x_strides[1]
     y_ptrs = y_ptr + b * y_strides[0] + offs_l * y_strides[1]
     for h in range(0, H, BLOCK_H):
-        offs_h = (h + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :, None]
+        offs_h = (h + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None, None]
         mask_h = (offs_l < L) & (offs_h < H)
         mask = mask_h & (offs_r < R)
         x_head_ptrs = x_ptrs + offs_h * x_strides[2]
@@ -92,14 +92,14 @@ def unrotate_heads(
     BLOCK_R: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
 ):
-    """Rotate dy of the H heads back into dx; returns dangle [BLOCK_L, BLOCK_H, BLOCK_R] with these heads' share added."""
+    """Rotate dy of the H heads back into dx; returns dangle [BLOCK_H, BLOCK_L, BLOCK_R] with these heads' share added."""
     offs_r = tl.arange(0, BLOCK_R)[None, None, :]
-    offs_l = offs_l.to(tl.int64)[:, None, None]
+    offs_l = offs_l.to(tl.int64)[None, :, None]
     dy_ptrs = dy_ptr + b * dy_strides[0] + offs_l * dy_strides[1]
     y_ptrs = y_ptr + b * y_strides[0] + offs_l * y_strides[1]
     dx_ptrs = dx_ptr + b * dx_strides[0] + offs_l * dx_strides[1]
     for h in range(0, H, BLOCK_H):
-        offs_h = (h + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :, None]
+        offs_h = (h + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None, None]
         mask_h = (offs_l < L) & (offs_h < H)
         mask = mask_h & (offs_r < R)
         dy_head_ptrs = dy_ptrs + offs_h * dy_strides[2]
@@ -160,8 +160,8 @@ def rotary_kernel(
     cos, sin = load_cos_sin(coarse_ptr, fine_ptr, table_strides, t, rows, in_table, R, TILE, BLOCK_R)
     if CONJUGATE:
         sin = -sin
-    cos = cos[:, None, :]
-    sin = sin[:, None, :]
+    cos = cos[None, :, :]
+    sin = sin[None, :, :]
     rotate_heads(
         q_ptr,
         q_out_ptr,
@@ -243,9 +243,9 @@ def rotary_bwd_kernel(
     rows = load_rows(position_ids_ptr, position_ids_strides, b, offs_l, mask_l, offset)
     in_table = mask_l & (rows >= 0) & (rows < num_rows) & (t >= 0) & (t < T)
     cos, sin = load_cos_sin(coarse_ptr, fine_ptr, table_strides, t, rows, in_table, R, TILE, BLOCK_R)
-    cos = cos[:, None, :]
-    sin = sin[:, None, :]
-    dangle = tl.zeros([BLOCK_L, BLOCK_H, BLOCK_R], dtype=cos.dtype)
+    cos = cos[None, :, :]
+    sin = sin[None, :, :]
+    dangle = tl.zeros([BLOCK_H, BLOCK_L, BLOCK_R], dtype=cos.dtype)
     dangle = unrotate_heads(
         dq_out_ptr,
         q_out_ptr,
@@ -293,7 +293,7 @@ def rotary_bwd_kernel(
         positions = tl.load(positions_ptr + t * table_strides[2] + rows, mask=in_table, other=0.0)
     centre = tl.sum(tl.where(tl.arange(0, BLOCK_L) == 0, positions, 0.0), axis=0)
     distance = tl.where(mask_l, positions - centre, 0.0).to(dangle.dtype)
-    dangle = tl.sum(dangle, axis=1)
+    dangle = tl.sum(dangle, axis=0)
     near = tl.sum(distance[:, None] * dangle, axis=0).to(tl.float64)
     far = tl.sum(dangle, axis=0).to(tl.float64)
     offs_r = tl.arange(0, BLOCK_R)
@@ -309,7 +309,7 @@ class Tokens(NamedTuple):
 
 
 SHORT_LENGTH = 64
-TOKENS = {"rotary": Tokens(1, 4), "rotary_bwd": Tokens(1, 8)}
+TOKENS = {"rotary": Tokens(1, 4), "rotary_bwd": Tokens(1, 16)}
 # of one half of the pairs: two 16-byte accesses per thread of 4 warps.
 TILE_BYTES = 4096
 
