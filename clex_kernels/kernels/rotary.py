@@ -8,12 +8,9 @@ Grid: one program per BLOCK_L tokens of one sequence. It loads the tokens' table
 of k, BLOCK_H at a time. Every element is read before it is written by the same program, so outputs may be the inputs. Only
 the rotated q and k are saved for dfreq.
 
-dfreq loses its digits where p is large, so a program sums about the position c of its first token,
-
-    partial = sum of (p - c) dangle + c (sum of dangle)
-
-the two sums over its few tokens in the tables' dtype, the rest in fp64. The partials are added in fp64, in a fixed order.
-A row that no table holds reads NaN.
+dfreq would lose its digits in fp32 where p is large, so only the heads of one token are summed in the tables' dtype; p times
+that sum, and all sums over tokens, are fp64: one product per token and pair. A program stores one partial sum per pair, and
+the launcher adds the partials in a fixed order. A row that no table holds reads NaN.
 """
 
 from typing import NamedTuple
@@ -138,6 +135,7 @@ def rotary_kernel(
     q_strides,
     k_strides,
     table_strides,
+    index_strides,
     position_ids_strides,
     q_out_strides,
     k_out_strides,
@@ -154,7 +152,7 @@ def rotary_kernel(
     b = (tl.program_id(0) // chunks).to(tl.int64)
     offs_l = tl.program_id(0) % chunks * BLOCK_L + tl.arange(0, BLOCK_L)
     mask_l = offs_l < L
-    t = load_table_index(index_ptr, b, T)
+    t = load_table_index(index_ptr, index_strides, b, T)
     rows = load_rows(position_ids_ptr, position_ids_strides, b, offs_l, mask_l, offset)
     in_table = mask_l & (rows >= 0) & (rows < num_rows) & (t >= 0) & (t < T)
     cos, sin = load_cos_sin(coarse_ptr, fine_ptr, table_strides, t, rows, in_table, R, TILE, BLOCK_R)
@@ -224,6 +222,8 @@ def rotary_bwd_kernel(
     q_out_strides,
     k_out_strides,
     table_strides,
+    positions_strides,
+    index_strides,
     position_ids_strides,
     dq_strides,
     dk_strides,
@@ -239,7 +239,7 @@ def rotary_bwd_kernel(
     b = (tl.program_id(0) // chunks).to(tl.int64)
     offs_l = tl.program_id(0) % chunks * BLOCK_L + tl.arange(0, BLOCK_L)
     mask_l = offs_l < L
-    t = load_table_index(index_ptr, b, T)
+    t = load_table_index(index_ptr, index_strides, b, T)
     rows = load_rows(position_ids_ptr, position_ids_strides, b, offs_l, mask_l, offset)
     in_table = mask_l & (rows >= 0) & (rows < num_rows) & (t >= 0) & (t < T)
     cos, sin = load_cos_sin(coarse_ptr, fine_ptr, table_strides, t, rows, in_table, R, TILE, BLOCK_R)
@@ -290,15 +290,14 @@ def rotary_bwd_kernel(
 
     positions = rows.to(tl.float64)
     if positions_ptr is not None:
-        positions = tl.load(positions_ptr + t * table_strides[2] + rows, mask=in_table, other=0.0)
-    centre = tl.sum(tl.where(tl.arange(0, BLOCK_L) == 0, positions, 0.0), axis=0)
-    distance = tl.where(mask_l, positions - centre, 0.0).to(dangle.dtype)
-    dangle = tl.sum(dangle, axis=0)
-    near = tl.sum(distance[:, None] * dangle, axis=0).to(tl.float64)
-    far = tl.sum(dangle, axis=0).to(tl.float64)
+        positions = tl.load(
+            positions_ptr + t * positions_strides[0] + rows * positions_strides[1], mask=in_table, other=0.0
+        )
+    positions = tl.where(mask_l, positions, 0.0)
+    partials = tl.sum(positions[:, None] * tl.sum(dangle, axis=0).to(tl.float64), axis=0)
     offs_r = tl.arange(0, BLOCK_R)
     partials_ptrs = partials_ptr + tl.program_id(0).to(tl.int64) * R + offs_r
-    tl.store(partials_ptrs, near + centre * far, mask=offs_r < R)
+    tl.store(partials_ptrs, partials, mask=offs_r < R)
 
 
 class Tokens(NamedTuple):
@@ -367,8 +366,8 @@ def launch_rotary(
             *(q, k, coarse, fine, index, position_ids, q_out, k_out),
             *(q.shape[1], q.shape[2], 0 if k is None else k.shape[2]),
             *(coarse.shape[0], coarse.shape[1] * fine.shape[1], offset),
-            *(strides(q, 3), strides(k, 3), strides(coarse, 1) + strides(fine, 1), strides(position_ids, 2)),
-            *(strides(q_out, 3), strides(k_out, 3)),
+            *(strides(q, 3), strides(k, 3), strides(coarse, 2) + strides(fine, 2)),
+            *(strides(index, 1), strides(position_ids, 2), strides(q_out, 3), strides(k_out, 3)),
             TILE=fine.shape[1],
             CONJUGATE=conjugate,
             **config,
@@ -405,8 +404,8 @@ def launch_rotary_bwd(
             *(length, dq_out.shape[2], 0 if dk_out is None else dk_out.shape[2]),
             *(coarse.shape[0], coarse.shape[1] * fine.shape[1], offset),
             *(strides(dq_out, 3), strides(dk_out, 3), strides(q_out, 3), strides(k_out, 3)),
-            *(strides(coarse, 1) + strides(fine, 1) + strides(positions, 1), strides(position_ids, 2)),
-            *(strides(dq, 3), strides(dk, 3)),
+            *(strides(coarse, 2) + strides(fine, 2), strides(positions, 2)),
+            *(strides(index, 1), strides(position_ids, 2), strides(dq, 3), strides(dk, 3)),
             TILE=fine.shape[1],
             **config,
         )
