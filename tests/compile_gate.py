@@ -1,9 +1,9 @@
 """Compiles every shipped kernel configuration ahead of time, with no GPU, and counts what the compiler made of it.
 
-A case calls the package's own launcher with meta tensors while launches are turned into compilation for a target, so that
-the signature and its specialisation (alignment, constants) are those of a real launch. Spills come from `ptxas -v`; where
-they are, and how wide global memory is accessed, from the SASS. Counts change with Triton's version: the gate holds for
-the version TRITON, which is the one to pin.
+A case calls the package's own launcher with meta tensors while launches are turned into compilation for a target, so
+the signature and its specialisation (alignment, constants) are those of a real launch. Spills come from `ptxas -v`;
+where they are, and how wide global memory is accessed, from the SASS. Counts change with Triton's version: the gate
+holds for the version TRITON, which is the one to pin.
 
 Compiled code is kept in build/compile_gate/triton (or TRITON_CACHE_DIR), and the counts, one JSON file a target, in
 build/compile_gate; both are made again when absent or when a kernel or this file changes.
@@ -78,7 +78,10 @@ class Loop:
 
 @dataclass
 class Counts:
-    """What one compiled configuration needs and does; instructions and loops are None where no SASS could be read."""
+    """What one compiled configuration needs and does; the last three are None where no SASS could be read.
+
+    Bytes are those of the accesses issued, in `outside_bytes_read` by one program outside its innermost loops.
+    """
 
     name: str
     key: str
@@ -89,6 +92,7 @@ class Counts:
     registers: int
     spill_bytes: int
     instructions: int | None = None
+    outside_bytes_read: int | None = None
     loops: list[Loop] | None = None
 
 
@@ -204,8 +208,8 @@ def read_sass(cubin: bytes, nvdisasm: str) -> str:
         return subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
-def innermost_loops(sass: str) -> tuple[int, list[list[str]]]:
-    """How many instructions the kernel has, and those of each innermost loop."""
+def innermost_loops(sass: str) -> tuple[list[str], list[list[str]]]:
+    """The instructions of the kernel, and those of each innermost loop."""
     instructions, labels, loops = [], {}, []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L\w+):", line):
@@ -218,25 +222,25 @@ def innermost_loops(sass: str) -> tuple[int, list[list[str]]]:
     # a jump to itself pads the end of a kernel.
     loops = [(start, end) for start, end in loops if end - start > 1]
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return len(instructions), [instructions[start:end] for start, end in inner]
+    return instructions, [instructions[start:end] for start, end in inner]
 
 
-def accesses(instructions: list[str], opcode: str) -> dict[str, int]:
+def accesses(instructions: list[str], opcode: str) -> Counter[str]:
     """Accesses to global memory by width in bits."""
-    operations = [text.split()[0].split(".") for text in instructions if re.match(rf"{opcode}\b", text)]
-    widths = (
-        [re.sub(r"^[US]", "", part) for part in parts if re.fullmatch(r"[US]?(8|16|64|128|256)", part)]
-        for parts in operations
-    )
-    return dict(Counter(width[-1] if width else "32" for width in widths))
+    operations = [text.split()[0] for text in instructions if re.match(rf"{opcode}\b", text)]
+    widths = (re.findall(r"\.[US]?(8|16|64|128|256)\b", operation) for operation in operations)
+    return Counter(width[-1] if width else "32" for width in widths)
+
+
+def byte_count(widths: Counter[str], threads: int) -> int:
+    return sum(int(bits) // 8 * n for bits, n in widths.items()) * threads
 
 
 def count_loop(instructions: list[str], threads: int, elements: int) -> Loop:
     reads, writes = accesses(instructions, "LDG"), accesses(instructions, "STG")
-    moved = [sum(int(bits) // 8 * n for bits, n in widths.items()) * threads / elements for widths in (reads, writes)]
-    return Loop(
-        len(instructions), sum(bool(re.match(r"LDL|STL", text)) for text in instructions), reads, writes, *moved
-    )
+    spills = sum(bool(re.match(r"LDL|STL", text)) for text in instructions)
+    bytes_read, bytes_written = (byte_count(widths, threads) / elements for widths in (reads, writes))
+    return Loop(len(instructions), spills, dict(reads), dict(writes), bytes_read, bytes_written)
 
 
 def count(case: Case, target: str, known: dict[str, Counts]) -> Counts:
@@ -258,7 +262,9 @@ def count(case: Case, target: str, known: dict[str, Counts]) -> Counts:
     shared = kernel.metadata.shared
     counts = Counts(case.name, key, kernel.metadata.name, constants, warps, shared, registers, spill_bytes)
     if is_nvidia and nvdisasm:
-        counts.instructions, loops = innermost_loops(read_sass(kernel.asm["cubin"], nvdisasm))
+        instructions, loops = innermost_loops(read_sass(kernel.asm["cubin"], nvdisasm))
+        outside = accesses(instructions, "LDG") - accesses([text for loop in loops for text in loop], "LDG")
+        counts.instructions, counts.outside_bytes_read = len(instructions), byte_count(outside, 32 * warps)
         counts.loops = [count_loop(loop, 32 * warps, case.elements(constants)) for loop in loops]
     return counts
 

@@ -36,8 +36,8 @@ def test_no_more_than_sixty_configurations_a_target() -> None:
 
 
 def test_innermost_loops_are_found_with_their_accesses() -> None:
-    count, loops = innermost_loops(SASS)
-    assert count == 8
+    instructions, loops = innermost_loops(SASS)
+    assert len(instructions) == 8
     assert [[text.split()[0] for text in loop] for loop in loops] == [["STG.E.U16", "BRA"]]
     loop = compile_gate.count_loop(["LDG.E.128 R4", "LDG.E R5", "STL [R1]", "STG.E.64 R6"], threads=128, elements=256)
     assert (loop.spills, loop.reads, loop.writes) == (1, {"128": 1, "32": 1}, {"64": 1})

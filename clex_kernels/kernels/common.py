@@ -4,7 +4,7 @@ Position p of a table with TILE rows in `fine` has the angle p freq = (TILE c + 
 
     exp(i p freq) = coarse[c] * fine[j]
 
-with coarse [T, C, 2, R] and fine [T, TILE, 2, R], cosines first. TILE = 1 is a table of given positions: fine is one there.
+with coarse [T, C, 2, R] and fine [T, TILE, 2, R], cosines first. In a table of given positions TILE = 1 and fine is 1.
 """
 
 import triton
