@@ -1,0 +1,292 @@
+#include "frequencies.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "dynamics.h"
+#include "isa.h"
+
+namespace clex {
+
+namespace {
+
+// every row is padded to a multiple of the widest vector.
+constexpr int PADDING = 8;
+
+// LANES is the width of the instruction set: gcc lowers wider vectors to memory operations.
+template <int LANES>
+struct Vector {
+  typedef double Wide __attribute__((vector_size(8 * LANES), aligned(8)));
+  typedef float Narrow __attribute__((vector_size(4 * LANES), aligned(4)));
+};
+
+// One thread with vectors.
+template <int LANES>
+struct HostTeam {
+  using Wide = typename Vector<LANES>::Wide;
+  using Narrow = typename Vector<LANES>::Narrow;
+
+  static CLEX_TEAM void load(const double* from, Wide& to) { to = *reinterpret_cast<const Wide*>(from); }
+  static CLEX_TEAM void load(const float* from, Wide& to) {
+    to = __builtin_convertvector(*reinterpret_cast<const Narrow*>(from), Wide);
+  }
+  static CLEX_TEAM void store(const Wide& from, double* to) { *reinterpret_cast<Wide*>(to) = from; }
+
+  template <class F>
+  CLEX_TEAM void each(int n, F f) const {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) f(i);
+  }
+
+  CLEX_TEAM double max(int n, const double* x) const {
+    double largest = 0, poison = 0;
+    // comparisons lose NaN and 0 times NaN does not.
+#pragma omp simd reduction(max : largest) reduction(+ : poison)
+    for (int i = 0; i < n; ++i) {
+      largest = x[i] > largest ? x[i] : largest;
+      poison += 0 * x[i];
+    }
+    return largest + poison;
+  }
+
+  // f(n, sum_k x[k] w[k, n]) for a block of columns whose sums stay in registers: nothing is reduced.
+  template <int VECTORS, class W, class F>
+  CLEX_TEAM void columns(int K, int N, int n, const W* w, const double* x, F f) const {
+    Wide sums[VECTORS] = {};
+    for (int k = 0; k < K; ++k) {
+      const W* row = w + static_cast<int64_t>(k) * N + n;
+#pragma GCC unroll 8
+      for (int b = 0; b < VECTORS; ++b) {
+        Wide value;
+        load(row + b * LANES, value);
+        sums[b] += x[k] * value;
+      }
+    }
+    alignas(64) double stored[VECTORS * LANES];
+#pragma GCC unroll 8
+    for (int b = 0; b < VECTORS; ++b) store(sums[b], stored + b * LANES);
+#pragma omp simd
+    for (int b = 0; b < VECTORS * LANES; ++b) f(n + b, stored[b]);
+  }
+
+  template <class W, class F>
+  CLEX_TEAM void matvec(int K, int N, const W* w, const double* x, F f) const {
+    int n = 0;
+    for (; n + 8 * LANES <= N; n += 8 * LANES) columns<8>(K, N, n, w, x, f);
+    for (; n < N; n += LANES) columns<1>(K, N, n, w, x, f);
+  }
+
+  // f(n, sum_k x[k] w[n, k]), from the transposed copy.
+  template <class W, class F>
+  CLEX_TEAM void matvec_transposed(int K, int N, const W*, const W* w_t, const double* x, F f) const {
+    matvec(K, N, w_t, x, f);
+  }
+
+  // c[i, j] += sum_e a[e, i] b[e, j]
+  CLEX_TEAM void add_outer(int E, int rows, int columns, const double* a, const double* b, double* c) const {
+    constexpr int TALL = 8;
+    for (int i = 0; i < rows; i += TALL) {
+      for (int j = 0; j < columns; j += LANES) {
+        Wide sums[TALL];
+#pragma GCC unroll 8
+        for (int p = 0; p < TALL; ++p) load(c + (i + p) * columns + j, sums[p]);
+        for (int e = 0; e < E; ++e) {
+          Wide value;
+          load(b + e * columns + j, value);
+#pragma GCC unroll 8
+          for (int p = 0; p < TALL; ++p) sums[p] += a[e * rows + i + p] * value;
+        }
+#pragma GCC unroll 8
+        for (int p = 0; p < TALL; ++p) store(sums[p], c + (i + p) * columns + j);
+      }
+    }
+  }
+};
+
+template <class W>
+struct Forward {
+  const Dynamics<W>& dynamics;
+  const Solution& out;
+  double* memory;
+  Outcome outcome;
+
+  template <class Team>
+  CLEX_TEAM void operator()(const Team& team) {
+    outcome = integrate(team, dynamics, out, memory);
+  }
+};
+
+template <class W>
+struct Backward {
+  const Dynamics<W>& dynamics;
+  const Adjoint& in;
+  double* memory;
+
+  template <class Team>
+  CLEX_TEAM void operator()(const Team& team) {
+    differentiate(team, dynamics, in, memory);
+  }
+};
+
+template <class Job>
+CLEX_AVX512 void run_avx512(Job& job) {
+  job(HostTeam<8>());
+}
+template <class Job>
+CLEX_AVX2 void run_avx2(Job& job) {
+  job(HostTeam<4>());
+}
+template <class Job>
+void run_baseline(Job& job) {
+  job(HostTeam<2>());
+}
+
+template <class Job>
+void run(Job& job) {
+  switch (active_isa()) {
+    case Isa::avx512: return run_avx512(job);
+    case Isa::avx2: return run_avx2(job);
+    case Isa::baseline: return run_baseline(job);
+  }
+}
+
+int padded(int n) { return (n + PADDING - 1) / PADDING * PADDING; }
+
+template <class T>
+std::unique_ptr<T[]> uninitialised(int64_t n) {
+  return std::unique_ptr<T[]>(new T[n]);
+}
+
+// [rows, columns] to [to_rows, to_columns], zero outside.
+template <class A, class B>
+void copy_padded(const A* from, int rows, int columns, int from_stride, B* to, int to_rows, int to_columns) {
+  for (int i = 0; i < to_rows; ++i) {
+    for (int j = 0; j < to_columns; ++j) {
+      to[static_cast<int64_t>(i) * to_columns + j] =
+          i < rows && j < columns ? static_cast<B>(from[static_cast<int64_t>(i) * from_stride + j]) : B(0);
+    }
+  }
+}
+
+template <class W>
+std::unique_ptr<W[]> transposed(const W* from, int rows, int columns) {
+  auto to = uninitialised<W>(static_cast<int64_t>(rows) * columns);
+  // by blocks that stay in the first-level cache; rows and columns are multiples of PADDING.
+  for (int i = 0; i < rows; i += PADDING) {
+    for (int j = 0; j < columns; ++j) {
+      for (int p = 0; p < PADDING; ++p) to[static_cast<int64_t>(j) * rows + i + p] = from[(i + p) * columns + j];
+    }
+  }
+  return to;
+}
+
+// Weights as dynamics.h wants them on the host; copied only where their sizes ask for padding.
+template <class W>
+struct Packed {
+  Dynamics<W> dynamics;
+  std::unique_ptr<W[]> up, down, up_t, down_t;
+
+  Packed(const FrequencySizes& sizes, const W* given_up, const W* given_down, bool backward) {
+    const int R = padded(sizes.pairs), M = padded(sizes.hidden);
+    if (R != sizes.pairs || M != sizes.hidden) {
+      up = uninitialised<W>(static_cast<int64_t>(R) * M);
+      down = uninitialised<W>(static_cast<int64_t>(R) * M);
+      copy_padded(given_up, sizes.pairs, sizes.hidden, sizes.hidden, up.get(), R, M);
+      copy_padded(given_down, sizes.hidden, sizes.pairs, sizes.pairs, down.get(), M, R);
+      given_up = up.get();
+      given_down = down.get();
+    }
+    if (backward) {
+      up_t = transposed(given_up, R, M);
+      down_t = transposed(given_down, M, R);
+    }
+    dynamics = {sizes.pairs, R, M, given_up, given_down, up_t.get(), down_t.get(), sizes.log_rope_base,
+                sizes.log_ntk_base, sizes.silu};
+  }
+};
+
+template <class W>
+bool all_finite(const W* values, int64_t count) {
+  // 0 times NaN or infinity is NaN, and sums of zeros are zeros.
+  W sums[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+#pragma omp simd
+    for (int b = 0; b < 16; ++b) sums[b] += W(0) * values[i + b];
+  }
+  for (; i < count; ++i) sums[0] += W(0) * values[i];
+  W sum = 0;
+  for (const W partial : sums) sum += partial;
+  return sum == 0;
+}
+
+bool valid_times(const double* times, int count) {
+  double previous = 1;
+  for (int i = 0; i < count; ++i) {
+    if (!(times[i] >= previous && std::isfinite(times[i]))) return false;
+    previous = times[i];
+  }
+  return true;
+}
+
+template <class W>
+Solved solve(const FrequencySizes& sizes, const W* up, const W* down, const Solution& out) {
+  const int64_t weights = static_cast<int64_t>(sizes.pairs) * sizes.hidden;
+  if (!all_finite(up, weights) || !all_finite(down, weights)) return Solved::bad_weights;
+  if (!valid_times(out.times, out.count)) return Solved::bad_times;
+  const Packed<W> packed(sizes, up, down, false);
+  const auto memory = uninitialised<double>(forward_doubles(packed.dynamics.R, packed.dynamics.M));
+  Forward<W> forward{packed.dynamics, out, memory.get(), Outcome::solved};
+  run(forward);
+  return forward.outcome == Outcome::solved ? Solved::yes : Solved::not_converged;
+}
+
+}  // namespace
+
+int trajectory_steps() { return MAX_STEPS; }
+int trajectory_terms() { return 1 + DENSE_TERMS; }
+
+template <class W>
+Solved solve_frequencies_cpu(const FrequencySizes& sizes, const W* up, const W* down, const double* times,
+                             const double* frozen, double* freq, double* nodes, double* states,
+                             int64_t* evaluations) {
+  return solve(sizes, up, down,
+               {times, sizes.count, 0, frozen, freq, nodes, states, nullptr, evaluations});
+}
+
+template <class W>
+Solved trajectory_cpu(const FrequencySizes& sizes, const W* up, const W* down, double last, double* nodes,
+                      double* polynomials) {
+  int64_t evaluations;
+  return solve(sizes, up, down,
+               {nullptr, 0, std::log(2 * last - 1), nullptr, nullptr, nodes, nullptr, polynomials, &evaluations});
+}
+
+template <class W>
+void solve_frequencies_bwd_cpu(const FrequencySizes& sizes, const W* up, const W* down, const double* times,
+                               const double* nodes, const double* states, const double* freq, const double* dfreq,
+                               W* dup, W* ddown) {
+  const Packed<W> packed(sizes, up, down, true);
+  const int R = packed.dynamics.R, M = packed.dynamics.M;
+  const int64_t weights = static_cast<int64_t>(R) * M;
+  const auto sums = uninitialised<double>(2 * weights);
+  std::fill_n(sums.get(), 2 * weights, 0.0);
+  const auto memory = uninitialised<double>(backward_doubles(R, M));
+  const Adjoint in = {times, sizes.count, nodes, states, freq, dfreq, sums.get(), sums.get() + weights};
+  Backward<W> backward{packed.dynamics, in, memory.get()};
+  run(backward);
+  copy_padded(in.dup, sizes.pairs, sizes.hidden, M, dup, sizes.pairs, sizes.hidden);
+  copy_padded(in.ddown, sizes.hidden, sizes.pairs, R, ddown, sizes.hidden, sizes.pairs);
+}
+
+#define CLEX_INSTANTIATE(W)                                                                                     \
+  template Solved solve_frequencies_cpu(const FrequencySizes&, const W*, const W*, const double*, const double*, \
+                                        double*, double*, double*, int64_t*);                                   \
+  template Solved trajectory_cpu(const FrequencySizes&, const W*, const W*, double, double*, double*);           \
+  template void solve_frequencies_bwd_cpu(const FrequencySizes&, const W*, const W*, const double*, const double*, \
+                                          const double*, const double*, const double*, W*, W*);
+CLEX_INSTANTIATE(float)
+CLEX_INSTANTIATE(double)
+
+}  // namespace clex
