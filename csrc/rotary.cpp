@@ -140,18 +140,29 @@ CLEX_INLINE void rotate_pairs(const T* x, T* y, const T* rotated, const Scratch<
   rotate_head(x, y, scratch.cosine(), scratch.sine(), pairs);
 }
 
-// Copies a finished head out of the cache, around it where that can be done 16 bytes at a time.
+#if defined(__x86_64__)
+CLEX_AVX512 void stream_lines(const void* from, void* to, size_t bytes) {
+  const __m512i* source = static_cast<const __m512i*>(from);
+  __m512i* target = static_cast<__m512i*>(to);
+  for (size_t i = 0; i < bytes / 64; ++i) _mm512_stream_si512(target + i, _mm512_load_si512(source + i));
+}
+#endif
+
+// Copies a finished head to memory, around the caches where the alignment allows it.
 template <class T>
 CLEX_INLINE void stream_head(const T* __restrict head, T* __restrict y, int64_t dim) {
+  const size_t bytes = dim * sizeof(T);
 #if defined(__x86_64__)
-  if (reinterpret_cast<uintptr_t>(y) % 16 == 0 && dim * sizeof(T) % 16 == 0) {
-    const __m128i* from = reinterpret_cast<const __m128i*>(head);
-    __m128i* to = reinterpret_cast<__m128i*>(y);
-    for (size_t i = 0; i < dim * sizeof(T) / 16; ++i) _mm_stream_si128(to + i, _mm_load_si128(from + i));
+  const uintptr_t misaligned = reinterpret_cast<uintptr_t>(y) | bytes;
+  if (misaligned % 64 == 0 && active_isa() == Isa::avx512) return stream_lines(head, y, bytes);
+  if (misaligned % 16 == 0) {
+    const __m128i* source = reinterpret_cast<const __m128i*>(head);
+    __m128i* target = reinterpret_cast<__m128i*>(y);
+    for (size_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(target + i, _mm_load_si128(source + i));
     return;
   }
 #endif
-  std::memcpy(y, head, dim * sizeof(T));
+  std::memcpy(y, head, bytes);
 }
 
 int64_t total_heads(const RotaryCall& call) { return call.tensors[0].heads + call.tensors[1].heads; }
