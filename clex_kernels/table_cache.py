@@ -18,6 +18,30 @@ library.define("table_cache_invalidate(int handle) -> ()")
 library.define("table_cache_stats(int handle) -> int[]")
 
 
+def _untraceable(name: str) -> Callable[..., None]:
+    def fake(*args: object) -> None:
+        from torch._subclasses.fake_tensor import UnsupportedOperatorException
+
+        raise UnsupportedOperatorException(getattr(torch.ops.clex, name).default)
+
+    return fake
+
+
+# torch.compile would run the cache's operators while it traces and make constants of what they return, so they break
+# the graph instead.
+_verbs = ("create", "destroy", "get", "put", "invalidate", "stats")
+for _name in ("fingerprint", *(f"table_cache_{verb}" for verb in _verbs)):
+    torch.library.register_fake(f"clex::{_name}", _untraceable(_name), lib=library)
+
+
+def _fingerprint_by_version(weights: list[Tensor]) -> int:
+    return hash(tuple((weight.data_ptr(), -1 if weight.is_inference() else weight._version) for weight in weights))
+
+
+# the CPU has its own, which reads the contents.
+library.impl("fingerprint", _fingerprint_by_version, "CompositeExplicitAutograd")
+
+
 class CacheStats(NamedTuple):
     """Counts since the cache was made; `bytes` and `entries` are what it keeps now, `bytes` with all pinned memory."""
 
@@ -33,9 +57,9 @@ class TableCache:
     """Tables kept between calls under a byte budget, least recently used evicted first. Thread-safe; stored in C++.
 
     All entries belong to the weights of one fingerprint, and a call with another one drops them. An entry larger than
-    the budget is kept until the next one is stored. Under CUDA graph capture hits are pinned, so that their memory lives
-    as long as the cache, and a miss is a RuntimeError: store the longest table before. Copies and pickles of a cache are
-    empty caches of the same budget.
+    the budget is kept until the next one is stored. Under CUDA graph capture hits are pinned, so that their memory
+    lives as long as the cache, and a miss is a RuntimeError: store the longest table before. Copies and pickles of a
+    cache are empty caches of the same budget.
     """
 
     def __init__(self, byte_budget: int):
@@ -114,10 +138,7 @@ def weights_fingerprint(up: Tensor, down: Tensor) -> int:
     """A number that changes with the weights up [R, M] and down [M, R].
 
     On the CPU a hash of their contents: it sees every write, `.data` and inference mode included. Elsewhere of their
-    addresses and version counters, which waits for nothing but misses writes through `.data`, to inference tensors and by
-    collectives: invalidate the cache after those.
+    addresses and version counters, which waits for nothing but misses writes through `.data`, to inference tensors and
+    by collectives: invalidate the cache after those.
     """
-    weights = (up, down)
-    if all(weight.device.type == "cpu" for weight in weights):
-        return torch.ops.clex.fingerprint([weight.detach().contiguous() for weight in weights])
-    return hash(tuple((weight.data_ptr(), -1 if weight.is_inference() else weight._version) for weight in weights))
+    return torch.ops.clex.fingerprint([up, down])

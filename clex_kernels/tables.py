@@ -6,8 +6,8 @@ Position p = F c + j needs cos and sin of p * freq, one complex product of a coa
     fine[j]   = (cos, sin)(j freq)                   [F, 2, R],  F = 64
 
 Both are computed in fp64 from fp64 frequencies (csrc/tables.h has the arithmetic) and then rounded to `dtype`. Sampled
-or fractional positions are the case F = 1: one coarse row per position and fine = (1, 0). Rows are planar: R cosines, then
-R sines.
+or fractional positions are the case F = 1: one coarse row per position and fine = (1, 0). Rows are planar: R cosines,
+then R sines.
 """
 
 import math
@@ -86,8 +86,8 @@ def _check_freq(freq: Tensor, shape: str) -> None:
             f"freq: expected torch.float64, got {freq.dtype}; rounding frequencies to float32 alone moves an angle by"
             " up to 0.2 rad at position 1M, so compute them in float64"
         )
-    if freq.dim() != shape.count(",") + 1 or freq.shape[-1] == 0:
-        raise ValueError(f"freq: expected shape {shape} with R >= 1, got {list(freq.shape)}")
+    if freq.dim() != shape.count(",") + 1 or 0 in freq.shape:
+        raise ValueError(f"freq: expected shape {shape}, none of them 0, got {list(freq.shape)}")
 
 
 def _check_positions(positions: Tensor, freq: Tensor, shape: str, rows: tuple[int, ...]) -> Tensor:
@@ -128,7 +128,7 @@ def _build(
         raise ValueError(f"amplitude: expected a finite number > 0, got {amplitude}")
     if length is None:
         length = 0
-    elif isinstance(length, (bool, float, Tensor)):
+    elif isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
         raise TypeError(f"length: expected an int, got {type(length).__name__}")
     elif length < 0:
         raise ValueError(f"length: expected >= 0, got {length}")
@@ -262,7 +262,7 @@ class RotaryTableStack(_Factored):
                 positions = _savable(_check_positions(positions, freq, "[T, L] or [1, L]", (1, factors)))
             coarse, fine = _build(freq, length, positions, amplitude, dtype)
             if positions is not None:
-                positions = positions.expand(factors, -1)
+                positions = positions.expand(factors, -1).contiguous()
             return cls(freq, t, positions, coarse, fine, float(amplitude), index, train_length)
 
     def select(self, lengths: Tensor) -> "RotaryTableStack":

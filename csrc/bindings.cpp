@@ -171,7 +171,7 @@ STABLE_TORCH_LIBRARY_IMPL(clex, CPU, m) {
 
 // ---------------------------------------------------------------- tables
 
-// sines and cosines of one row cost about 0.1 us, so below this many blocks a thread costs more than it saves.
+// a block of 64 rows takes 2 to 6 us: with fewer of them a thread costs more than it saves.
 constexpr int64_t TABLE_GRAIN = 8;
 
 template <class T>
@@ -187,7 +187,8 @@ void fill_tables(const clex::TableSpec& coarse, const clex::TableSpec& fine, T* 
     clex::fill_table_direct(fine, begin, end, fine_out);
     if (steps.rows > 0) clex::fill_table_direct(steps, begin, end, step_rows.data());
   });
-  parallel_for(0, coarse.factors * clex::table_blocks(coarse.rows), TABLE_GRAIN, [&](int64_t begin, int64_t end) {
+  const int64_t blocks = coarse.factors * clex::table_blocks(coarse.rows);
+  parallel_for(0, blocks, TABLE_GRAIN, [&](int64_t begin, int64_t end) {
     if (by_products) {
       clex::fill_table_by_products(coarse, step_rows.data(), begin, end, coarse_out);
     } else {
@@ -197,8 +198,10 @@ void fill_tables(const clex::TableSpec& coarse, const clex::TableSpec& fine, T* 
 }
 
 // freq [T, R], positions [T, L] or [1, L], contiguous fp64; coarse [T, C, 2, R], fine [T, F, 2, R].
-std::tuple<clex::TableSpec, clex::TableSpec> table_specs(const Tensor& freq, const std::optional<Tensor>& positions,
-                                                         double amplitude, int64_t coarse_rows, int64_t fine_rows) {
+std::tuple<clex::TableSpec, clex::TableSpec> table_specs(const Tensor& freq,
+                                                         const std::optional<Tensor>& positions,
+                                                         double amplitude, int64_t coarse_rows,
+                                                         int64_t fine_rows) {
   clex::TableSpec coarse{};
   coarse.freq = freq.const_data_ptr<double>();
   coarse.positions = positions ? positions->const_data_ptr<double>() : nullptr;
@@ -216,13 +219,13 @@ std::tuple<clex::TableSpec, clex::TableSpec> table_specs(const Tensor& freq, con
   return {coarse, fine};
 }
 
-std::tuple<Tensor, Tensor> tables_cpu(Tensor freq, int64_t length, std::optional<Tensor> positions, double amplitude,
-                                      ScalarType dtype) {
+std::tuple<Tensor, Tensor> tables_cpu(Tensor freq, int64_t length, std::optional<Tensor> positions,
+                                      double amplitude, ScalarType dtype) {
   freq = torch::stable::contiguous(freq);
   if (positions) positions = torch::stable::contiguous(*positions);
-  const int64_t coarse_rows = positions ? positions->size(1) : (length + clex::TABLE_TILE - 1) / clex::TABLE_TILE;
-  const int64_t fine_rows = positions ? 1 : clex::TABLE_TILE;
-  const auto [coarse, fine] = table_specs(freq, positions, amplitude, coarse_rows, fine_rows);
+  const int64_t tile = positions ? 1 : clex::TABLE_TILE;
+  const int64_t coarse_rows = positions ? positions->size(1) : (length + tile - 1) / tile;
+  const auto [coarse, fine] = table_specs(freq, positions, amplitude, coarse_rows, tile);
   Tensor coarse_out = torch::stable::empty({coarse.factors, coarse.rows, 2, coarse.pairs}, dtype);
   Tensor fine_out = torch::stable::empty({fine.factors, fine.rows, 2, fine.pairs}, dtype);
   if (dtype == ScalarType::Double) {
@@ -244,19 +247,22 @@ void launch_tables(const clex::TableSpec& coarse, const clex::TableSpec& fine, T
   STD_TORCH_CHECK(!error, "tables: ", error);
 }
 
-void tables_cuda(Tensor freq, std::optional<Tensor> positions, double amplitude, Tensor coarse_out, Tensor fine_out,
-                 int64_t stream) {
+void tables_cuda(Tensor freq, std::optional<Tensor> positions, double amplitude, Tensor coarse_out,
+                 Tensor fine_out, int64_t stream) {
   const auto [coarse, fine] = table_specs(freq, positions, amplitude, coarse_out.size(1), fine_out.size(1));
   void* const on = reinterpret_cast<void*>(stream);
   if (coarse_out.scalar_type() == ScalarType::Double) {
-    launch_tables(coarse, fine, coarse_out.mutable_data_ptr<double>(), fine_out.mutable_data_ptr<double>(), on);
+    launch_tables(coarse, fine, coarse_out.mutable_data_ptr<double>(), fine_out.mutable_data_ptr<double>(),
+                  on);
   } else {
     launch_tables(coarse, fine, coarse_out.mutable_data_ptr<float>(), fine_out.mutable_data_ptr<float>(), on);
   }
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(clex_cuda, m) {
-  m.def("tables(Tensor freq, Tensor? positions, float amplitude, Tensor(a!) coarse, Tensor(b!) fine, int stream) -> ()");
+  m.def(
+      "tables(Tensor freq, Tensor? positions, float amplitude, Tensor(a!) coarse, Tensor(b!) fine,"
+      " int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clex_cuda, CUDA, m) { m.impl("tables", TORCH_BOX(&tables_cuda)); }
@@ -295,10 +301,11 @@ std::vector<int64_t> table_cache_stats(int64_t handle) {
   return {stats.hits, stats.misses, stats.evictions, stats.bytes, stats.entries, stats.invalidations};
 }
 
-// of contiguous tensors: contents, shapes and element sizes.
+// of contents, shapes and element sizes.
 int64_t fingerprint(Tensors tensors) {
   uint64_t hash = tensors.size();
-  for (const Tensor& tensor : tensors) {
+  for (const Tensor& strided : tensors) {
+    const Tensor tensor = torch::stable::contiguous(strided);
     std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
     shape.push_back(static_cast<int64_t>(tensor.element_size()));
     hash = clex::hash_bytes(shape.data(), shape.size() * sizeof(int64_t), hash);

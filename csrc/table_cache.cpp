@@ -23,7 +23,8 @@ Payload TableCache::get(const std::string& key, int64_t length, int64_t fingerpr
   return found->second->payload;
 }
 
-void TableCache::put(const std::string& key, int64_t length, int64_t fingerprint, Payload payload, int64_t bytes) {
+void TableCache::put(const std::string& key, int64_t length, int64_t fingerprint, Payload payload,
+                     int64_t bytes) {
   Dropped dropped;
   const std::lock_guard lock(mutex_);
   expect_fingerprint(fingerprint, dropped);

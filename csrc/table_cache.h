@@ -1,5 +1,5 @@
-// Per-length tables kept between calls: lookup, growth, least-recently-used eviction under a byte budget, behind an
-// integer handle (the stable ABI has no custom classes). Knows nothing of tensors: a payload is a shared pointer.
+// Per-length tables kept between calls: lookup, growth, least-recently-used eviction under a byte budget,
+// behind an integer handle (the stable ABI has no custom classes). A payload is a shared pointer to anything.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +23,12 @@ class TableCache {
  public:
   explicit TableCache(int64_t byte_budget) : byte_budget_(byte_budget) {}
 
-  // The payload under `key` if it holds at least `length` positions, else null. A pinned payload lives as long as the
-  // cache: a captured CUDA graph reads its memory at every replay.
+  // The payload under `key` if it holds at least `length` positions, else null. A pinned payload lives as
+  // long as the cache: a captured CUDA graph reads its memory at every replay.
   Payload get(const std::string& key, int64_t length, int64_t fingerprint, bool pin);
 
-  // Stores a payload, in place of a shorter one of the same key (a longer one is kept and the new one dropped). Then evicts
-  // until the budget holds, but never the payload just stored: one over the budget stands alone.
+  // Stores a payload, in place of a shorter one of the same key (a longer one is kept, the new one dropped).
+  // Then evicts until the budget holds, but never the payload just stored: one over it stands alone.
   void put(const std::string& key, int64_t length, int64_t fingerprint, Payload payload, int64_t bytes);
 
   // Drops all entries. Memory of pinned ones stays, out of reach of lookups.
@@ -69,7 +69,7 @@ std::shared_ptr<TableCache> find_table_cache(int64_t handle);
 // A cache in use by another thread is freed when that thread is done.
 void destroy_table_cache(int64_t handle);
 
-// 64-bit content hash of `bytes` bytes, continuing from `seed`; depends on the order of the bytes and on their number.
+// 64-bit content hash of `bytes` bytes, continuing from `seed`; depends on their order and number.
 uint64_t hash_bytes(const void* data, int64_t bytes, uint64_t seed);
 
 }  // namespace clex

@@ -9,8 +9,8 @@ namespace clex {
 namespace {
 
 template <class T>
-__attribute__((noinline)) void fill_far_row(double position, const double* freq, double amplitude, int64_t pairs,
-                                            T* row) {
+[[gnu::noinline]] void fill_far_row(double position, const double* freq, double amplitude, int64_t pairs,
+                                    T* row) {
   for (int64_t i = 0; i < pairs; ++i) {
     double sine, cosine;
     sincos_far(position, freq[i], sine, cosine);
@@ -48,24 +48,26 @@ template <class T>
 CLEX_INLINE void direct_body(const TableSpec& spec, int64_t begin, int64_t end, T* out) {
   const int64_t blocks = table_blocks(spec.rows);
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t factor = block / blocks, first = block % blocks * TABLE_TILE, last = std::min(first + TABLE_TILE, spec.rows);
+    const int64_t factor = block / blocks;
+    const int64_t first = block % blocks * TABLE_TILE, last = std::min(first + TABLE_TILE, spec.rows);
     const double* freq = spec.freq + factor * spec.pairs;
     for (int64_t row = first; row < last; ++row) {
-      const double position =
-          spec.positions ? spec.positions[factor * spec.position_stride + row] : static_cast<double>(row) * spec.spacing;
-      fill_row(position, freq, spec.amplitude, spec.pairs, out + (factor * spec.rows + row) * 2 * spec.pairs);
+      T* const out_row = out + (factor * spec.rows + row) * 2 * spec.pairs;
+      fill_row(table_position(spec, factor, row), freq, spec.amplitude, spec.pairs, out_row);
     }
   }
 }
 
 template <class T>
-CLEX_INLINE void products_body(const TableSpec& spec, const double* steps, double* anchor, int64_t begin, int64_t end,
-                               T* out) {
-  const int64_t blocks = table_blocks(spec.rows), step_rows = std::min(spec.rows, TABLE_TILE), width = 2 * spec.pairs;
+CLEX_INLINE void products_body(const TableSpec& spec, const double* steps, double* anchor, int64_t begin,
+                               int64_t end, T* out) {
+  const int64_t blocks = table_blocks(spec.rows), step_rows = std::min(spec.rows, TABLE_TILE);
+  const int64_t width = 2 * spec.pairs;
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t factor = block / blocks, first = block % blocks * TABLE_TILE, last = std::min(first + TABLE_TILE, spec.rows);
-    const double position = static_cast<double>(first) * spec.spacing;
-    fill_row(position, spec.freq + factor * spec.pairs, spec.amplitude, spec.pairs, anchor);
+    const int64_t factor = block / blocks;
+    const int64_t first = block % blocks * TABLE_TILE, last = std::min(first + TABLE_TILE, spec.rows);
+    const double* freq = spec.freq + factor * spec.pairs;
+    fill_row(table_position(spec, factor, first), freq, spec.amplitude, spec.pairs, anchor);
     for (int64_t row = first; row < last; ++row) {
       const double* step = steps + (factor * step_rows + row - first) * width;
       rotate_row(anchor, step, spec.pairs, out + (factor * spec.rows + row) * width);
@@ -73,9 +75,12 @@ CLEX_INLINE void products_body(const TableSpec& spec, const double* steps, doubl
   }
 }
 
-CLEX_MULTIVERSION(direct, (const TableSpec& spec, int64_t begin, int64_t end, T* out), (spec, begin, end, out))
+CLEX_MULTIVERSION(direct,
+                  (const TableSpec& spec, int64_t begin, int64_t end, T* out),
+                  (spec, begin, end, out))
 CLEX_MULTIVERSION(products,
-                  (const TableSpec& spec, const double* steps, double* anchor, int64_t begin, int64_t end, T* out),
+                  (const TableSpec& spec, const double* steps, double* anchor, int64_t begin, int64_t end,
+                   T* out),
                   (spec, steps, anchor, begin, end, out))
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Table rows on CUDA, one thread per (factor, row, pair), by the same reduction as on the host; no warp intrinsics, so that
-// the kernel also runs thread by thread on a CPU.
+// Table rows on CUDA, one thread per (factor, row, pair), by the same reduction as on the host. No warp
+// intrinsics, so that the kernel also runs thread by thread on a CPU.
 #include "tables.h"
 
 namespace clex {
@@ -10,10 +10,10 @@ __global__ void fill_table_kernel(TableSpec spec, T* out) {
   const int64_t count = spec.factors * spec.rows * spec.pairs;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += stride) {
-    const int64_t pair = at % spec.pairs, row = at / spec.pairs % spec.rows, factor = at / spec.pairs / spec.rows;
+    const int64_t pair = at % spec.pairs, row = at / spec.pairs % spec.rows;
+    const int64_t factor = at / spec.pairs / spec.rows;
     const double freq = spec.freq[factor * spec.pairs + pair];
-    const double position =
-        spec.positions ? spec.positions[factor * spec.position_stride + row] : static_cast<double>(row) * spec.spacing;
+    const double position = table_position(spec, factor, row);
     double sine, cosine;
     if (fabs(position * freq) > FARTHEST_ANGLE) {
       sincos_far(position, freq, sine, cosine);

@@ -1,8 +1,9 @@
-// Rows of cosines and sines of position * freq, in fp64: what the host and the device share, and the host's range functions.
+// Rows of cosines and sines of position * freq, in fp64: what host and device share, and the host loops.
 //
-// position * freq is kept as hi + lo (one product, its rounding error from an FMA), so that an angle of 2^31, whose ulp
-// is 5e-7, loses nothing. Reduction is Cody-Waite: n = round(2 hi / pi), r = hi - n P1 - n P2 + lo with pi/2 = P1 + P2 to
-// 106 bits; hi - n P1 is exact in one FMA. Polynomials on [-pi/4, pi/4] are fdlibm's. Absolute error 2e-16.
+// position * freq is kept as hi + lo (one product, its rounding error from an FMA), so that an angle of 2^31,
+// whose ulp is 5e-7, loses nothing. Cody-Waite reduction: n = round(2 hi / pi), r = hi - n P1 - n P2 + lo with
+// pi/2 = P1 + P2 to 106 bits; hi - n P1 is exact in one FMA. The polynomials on [-pi/4, pi/4] are fdlibm's.
+// Absolute error 2e-16.
 #pragma once
 
 #include <math.h>
@@ -23,7 +24,7 @@ constexpr int64_t TABLE_TILE = 64;
 // the reduction is exact up to here and fails from 2^51 on; farther angles go to libm.
 constexpr double FARTHEST_ANGLE = 1099511627776.0;
 
-// sin and cos of position * freq, |position * freq| <= FARTHEST_ANGLE, without a branch; NaN and infinity give NaN.
+// sin and cos of position * freq up to FARTHEST_ANGLE, without a branch; NaN and infinity give NaN.
 CLEX_SHARED_INLINE void sincos_near(double position, double freq, double& sine, double& cosine) {
   // adding 1.5 * 2^52 rounds to an integer and leaves its low bits at the end of the mantissa.
   constexpr double rounder = 6755399441055744.0;
@@ -67,7 +68,7 @@ CLEX_SHARED_INLINE void sincos_far(double position, double freq, double& sine, d
   cosine = c * dc - s * ds;
 }
 
-// What a table is made of: freq [T, R] and either positions ([T, L] or one row for all) or 0, spacing, 2 spacing, ...
+// What a table is made of: freq [T, R]; positions [T, rows], or one row for all, or null for 0, spacing, ...
 struct TableSpec {
   const double* freq;
   const double* positions;
@@ -75,6 +76,11 @@ struct TableSpec {
   int64_t position_stride;  // 0 where one row of positions serves all factors
   double spacing, amplitude;
 };
+
+CLEX_SHARED_INLINE double table_position(const TableSpec& spec, int64_t factor, int64_t row) {
+  if (spec.positions) return spec.positions[factor * spec.position_stride + row];
+  return static_cast<double>(row) * spec.spacing;
+}
 
 // Fills out [T, rows, 2, R] on a CUDA device, in order on `stream`. Null, or what went wrong.
 template <class T>
@@ -85,13 +91,14 @@ const char* launch_fill_table(const TableSpec& spec, T* out, void* stream);
 // anchors (every TABLE_TILE-th row) of one factor that `rows` rows need.
 inline int64_t table_blocks(int64_t rows) { return (rows + TABLE_TILE - 1) / TABLE_TILE; }
 
-// Fills blocks [begin, end) of out [T, rows, 2, R], TABLE_TILE rows a block, block b belonging to factor b / table_blocks(rows).
-// Every row by its own sines and cosines.
+// Fills blocks [begin, end) of out [T, rows, 2, R], TABLE_TILE rows a block, block b belonging to factor
+// b / table_blocks(rows). Every row by its own sines and cosines.
 template <class T>
 void fill_table_direct(const TableSpec& spec, int64_t begin, int64_t end, T* out);
 
-// Evenly spaced rows as products of an anchor and one of steps [T, min(rows, TABLE_TILE), 2, R] = fill_table_direct of the
-// first rows at amplitude 1. An anchor stands at a fixed row, so that a longer table begins with the shorter one.
+// Evenly spaced rows as products of an anchor and one of steps [T, min(rows, TABLE_TILE), 2, R], which are
+// fill_table_direct's first rows at amplitude 1. Anchors stand at fixed rows, so that a longer table begins
+// with the shorter one.
 template <class T>
 void fill_table_by_products(const TableSpec& spec, const double* steps, int64_t begin, int64_t end, T* out);
 
