@@ -1,12 +1,12 @@
 """Runs Triton kernels on CPU tensors, through Triton's interpreter, with bf16 that is right.
 
-Inside `interpreted()` every launch whose tensors are on the CPU is interpreted, any other is compiled as always, so that
+Inside `interpreted()` every launch whose tensors are on the CPU is interpreted, any other is compiled as always, so
 launchers of the package run unchanged and ahead-of-time compilation works in the same process. TRITON_INTERPRET, the
 official switch, holds for the whole process instead.
 
 Triton 3.7 and 3.8 keep bf16 as uint16 and then truncate casts, multiply raw bits in tl.dot and add bits as integers;
-`Bf16Builder` computes in fp32 and rounds to nearest even, bit for bit as torch does. What the interpreter accepts is not
-all a GPU accepts: the compile gate is the other half of this test.
+`Bf16Builder` computes in fp32 and rounds to nearest even, bit for bit as torch does. The interpreter accepts more than
+a GPU: the compile gate is the other half of this test.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 from triton.runtime.jit import JITFunction
 
 # all that the interpreter patches; a nested device function leaves its patches behind.
@@ -86,6 +86,12 @@ class Bf16Builder(InterpreterBuilder):
         return narrow(out.data) if is_bf16(d) else out
 
 
+def check_reduced(self: ReduceScanOpInterface, tensors: tuple[tl.tensor, ...]) -> None:
+    # numpy would add bits, and the order of a GPU's bf16 additions is nobody's promise.
+    if any(is_bf16(tensor.handle) for tensor in tensors):
+        raise TypeError("reductions and scans: expected fp32, got bf16")
+
+
 @functools.cache
 def interpreted_function(fn: Callable) -> InterpretedFunction:
     return InterpretedFunction(fn)
@@ -95,13 +101,15 @@ def interpreted_function(fn: Callable) -> InterpretedFunction:
 def patched_language() -> Iterator[None]:
     """Turn triton.language into the interpreter's for one launch."""
     before = [dict(vars(scope)) for scope in PATCHED]
-    builder_class = interpreter.interpreter_builder.__class__
+    builder_class, check_tensor = interpreter.interpreter_builder.__class__, ReduceScanOpInterface.check_tensor
     interpreter.interpreter_builder.__class__ = Bf16Builder
+    ReduceScanOpInterface.check_tensor = check_reduced
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     try:
         yield
     finally:
         interpreter.interpreter_builder.__class__ = builder_class
+        ReduceScanOpInterface.check_tensor = check_tensor
         for scope, names in zip(PATCHED, before, strict=True):
             for name, value in dict(vars(scope)).items():
                 if name not in names:
@@ -120,7 +128,8 @@ def interpreted() -> Iterator[None]:
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)]
         if warmup or not any(tensor.device.type == "cpu" for tensor in tensors):
             return run(self, *args, grid=grid, warmup=warmup, **kwargs)
-        with LOCK, patched_language():
+        # a GPU raises no warning either.
+        with LOCK, patched_language(), np.errstate(all="ignore"):
             launching.depth = getattr(launching, "depth", 0) + 1
             try:
                 return interpreted_function(self.fn).run(*args, grid=grid, warmup=False, **kwargs)

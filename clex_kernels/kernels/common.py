@@ -4,7 +4,7 @@ Position p of a table with TILE rows in `fine` has the angle p freq = (TILE c + 
 
     exp(i p freq) = coarse[c] * fine[j]
 
-with coarse [T, C, 2, R] and fine [T, TILE, 2, R], cosines first. TILE = 1 is a table of given positions: fine is one there.
+with coarse [T, C, 2, R] and fine [T, TILE, 2, R], cosines first. In a table of given positions TILE = 1 and fine is 1.
 """
 
 import triton
@@ -18,11 +18,12 @@ def rotate(x0, x1, cos, sin):
 
 
 @triton.jit
-def load_table_index(index_ptr, b, T):
+def load_table_index(index_ptr, index_strides, b, T):
     """Which of the T tables sequence b reads: index[b], or without an index the only table, or table b."""
     if index_ptr is None:
         return tl.minimum(b, T - 1)
-    return tl.load(index_ptr + b).to(tl.int64)
+    else:
+        return tl.load(index_ptr + b * index_strides[0]).to(tl.int64)
 
 
 @triton.jit
@@ -47,14 +48,17 @@ def load_cos_sin(
     TILE: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Cosines and sines [BLOCK_L, BLOCK_R] of table t at `rows`; NaN where in_table is false."""
+    """Cosines and sines [BLOCK_L, BLOCK_R] of table t at `rows`; NaN where in_table is false.
+
+    table_strides are those of coarse over T and C, then of fine over T and TILE.
+    """
     offs_r = tl.arange(0, BLOCK_R)[None, :]
     mask = in_table[:, None] & (offs_r < R)
-    coarse_ptrs = coarse_ptr + t * table_strides[0] + (rows // TILE)[:, None] * (2 * R) + offs_r
+    coarse_ptrs = coarse_ptr + t * table_strides[0] + (rows // TILE)[:, None] * table_strides[1] + offs_r
     cos = tl.load(coarse_ptrs, mask=mask, other=float("nan"))
     sin = tl.load(coarse_ptrs + R, mask=mask, other=float("nan"))
     if TILE > 1:
-        fine_ptrs = fine_ptr + t * table_strides[1] + (rows % TILE)[:, None] * (2 * R) + offs_r
+        fine_ptrs = fine_ptr + t * table_strides[2] + (rows % TILE)[:, None] * table_strides[3] + offs_r
         fine_cos = tl.load(fine_ptrs, mask=mask, other=0.0)
         fine_sin = tl.load(fine_ptrs + R, mask=mask, other=0.0)
         cos, sin = rotate(cos, sin, fine_cos, fine_sin)
