@@ -382,11 +382,15 @@ clex::RotaryCall rotary_call(const Tensor& q, const Tensor& coarse, const Tensor
   call.tile = fine.size(1);
   call.offset = offset;
   for (const Tensor* table : {&coarse, &fine}) {
-    STD_TORCH_CHECK(table->stride(3) == 1 && table->stride(2) == call.pairs, "rotary: a table's rows must be dense");
+    STD_TORCH_CHECK(table->stride(3) == 1 && table->stride(2) == call.pairs,
+                    "rotary: a table's rows must be dense");
   }
   call.coarse = coarse.const_data_ptr();
   call.fine = fine.const_data_ptr();
-  for (int i = 0; i < 2; ++i) call.coarse_strides[i] = coarse.stride(i), call.fine_strides[i] = fine.stride(i);
+  for (int i = 0; i < 2; ++i) {
+    call.coarse_strides[i] = coarse.stride(i);
+    call.fine_strides[i] = fine.stride(i);
+  }
   if (positions) {
     call.positions = positions->const_data_ptr<double>();
     call.positions_strides[0] = positions->size(0) == 1 ? 0 : positions->stride(0);
@@ -418,8 +422,8 @@ void rotate_tokens(const clex::RotaryCall& call) {
 }
 
 void rotary_out_cpu(const Tensor& q, const std::optional<Tensor>& k, const Tensor& coarse, const Tensor& fine,
-                    const std::optional<Tensor>& index, const std::optional<Tensor>& position_ids, int64_t offset,
-                    bool conjugate, const Tensor& q_out, const std::optional<Tensor>& k_out) {
+                    const std::optional<Tensor>& index, const std::optional<Tensor>& position_ids,
+                    int64_t offset, bool conjugate, const Tensor& q_out, const std::optional<Tensor>& k_out) {
   clex::RotaryCall call = rotary_call(q, coarse, fine, std::nullopt, index, position_ids, offset);
   call.conjugate = conjugate;
   call.tensors[0] = rotary_tensor(q, q_out);
@@ -427,14 +431,15 @@ void rotary_out_cpu(const Tensor& q, const std::optional<Tensor>& k, const Tenso
   rotate_tokens(call);
 }
 
-void rotary_in_place_cpu(const Tensor& q, const std::optional<Tensor>& k, const Tensor& coarse, const Tensor& fine,
-                         const std::optional<Tensor>& index, const std::optional<Tensor>& position_ids,
-                         int64_t offset, bool conjugate) {
+void rotary_in_place_cpu(const Tensor& q, const std::optional<Tensor>& k, const Tensor& coarse,
+                         const Tensor& fine, const std::optional<Tensor>& index,
+                         const std::optional<Tensor>& position_ids, int64_t offset, bool conjugate) {
   rotary_out_cpu(q, k, coarse, fine, index, position_ids, offset, conjugate, q, k);
 }
 
 std::tuple<Tensor, Tensor> rotary_cpu(const Tensor& q, const std::optional<Tensor>& k, const Tensor& /* freq */,
-                                      const Tensor& coarse, const Tensor& fine, const std::optional<Tensor>&,
+                                      const Tensor& coarse, const Tensor& fine,
+                                      const std::optional<Tensor>& /* positions */,
                                       const std::optional<Tensor>& index,
                                       const std::optional<Tensor>& position_ids, int64_t offset) {
   Tensor q_out = fresh_like(q);
