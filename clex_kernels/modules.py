@@ -1,0 +1,371 @@
+"""ClexRotaryEmbedding: the ODE's weights, and the tables they give.
+
+Tables are looked up and built outside compiled regions, in methods that torch.compile does not enter, and travel into
+them as arguments. A table that came out of an operator inside a compiled graph would be Inductor's to reuse: it writes
+later results over op outputs it holds for dead, and so silently over the cache.
+
+Training takes frequencies from `solve_frequencies`, with gradients; evaluation reads them off one cached solution over
+all t (a trajectory), be it for one length, for all integer t or for one t per sequence, so that they are bit for bit the
+same for a sequence alone and in any batch. The two agree to fp64 rounding.
+
+Initialisation is the authors': up Kaiming-uniform, down zero. With down = 0 the ODE adds nothing and t is NTK-aware
+scaling exactly, a good place to start from. At that point only down has a gradient, since up acts through it; one
+optimizer step makes down nonzero, and from then on both learn.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clex_kernels.config import ClexConfig
+from clex_kernels.frequencies import evaluate, solve_frequencies, trajectory
+from clex_kernels.tables import CacheStats, RotaryTable, RotaryTableStack, TableCache, weights_fingerprint
+
+RUNS = (2, 8)
+
+_not_compiled = torch.compiler.disable(reason="clex_kernels: build rotary tables outside, pass them in as arguments")
+
+
+class _OdeProjection(nn.Module):
+    """ode_up_proj [R, M] and ode_down_proj [M, R], named as in the authors' checkpoints, never below fp32."""
+
+    def __init__(self, config: ClexConfig, device: torch.device | str | None):
+        super().__init__()
+        pairs, hidden = config.pairs, config.hidden_size
+        self.ode_up_proj = nn.Parameter(torch.empty(pairs, hidden, dtype=torch.float32, device=device))
+        self.ode_down_proj = nn.Parameter(torch.empty(hidden, pairs, dtype=torch.float32, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.ode_up_proj, a=math.sqrt(5))
+        nn.init.zeros_(self.ode_down_proj)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_OdeProjection":
+        def at_least_fp32(tensor: Tensor) -> Tensor:
+            # weights rounded to bf16 move angles at position 100K by tens of turns: here only the device may change.
+            changed = fn(tensor)
+            return tensor.to(changed.device) if torch.finfo(changed.dtype).bits < 32 else changed
+
+        return super()._apply(at_least_fp32, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # load_state_dict(assign=True) would take over the checkpoint's dtype.
+        for name in self._parameters:
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and value.is_floating_point() and torch.finfo(value.dtype).bits < 32:
+                state_dict[prefix + name] = value.float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ClexRotaryEmbedding(nn.Module):
+    """Rotary tables whose frequencies are a learned function of the length factor t.
+
+    Parameters: proj_func.ode_up_proj [R, M] and proj_func.ode_down_proj [M, R], fp32 also under model.to(bfloat16) and
+    autocast (fp64 after .double(), and then so are the tables). The authors' state dicts load; their buffer `inv_freq`
+    is compared with `config.rope_base` and not kept.
+
+    Evaluation tables are cached until the weights change. On the CPU every change is seen; elsewhere optimizer steps,
+    load_state_dict, .to(...) and train() or eval() are, and after a write through `.data`, to inference tensors or by
+    a collective `invalidate()` is the caller's to call.
+
+    In training mode with grad enabled, tables carry frequencies with gradients to both weights.
+
+    Args:
+        config: all settings.
+        device: of the weights.
+        cache_bytes: budget of the cached tables, in bytes.
+    """
+
+    def __init__(self, config: ClexConfig, device: torch.device | str | None = None, cache_bytes: int = 256 << 20):
+        super().__init__()
+        if not isinstance(config, ClexConfig):
+            raise TypeError(f"config: expected a ClexConfig, got {type(config).__name__}")
+        self.config = config
+        self.proj_func = _OdeProjection(config, device)
+        # with max_factor = 1 the solution would end where it starts and have no step to read.
+        self._solved = replace(config, max_factor=max(config.max_factor, 2))
+        self._cache = TableCache(cache_bytes)
+        self._warned = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights and tables live."""
+        return self.proj_func.ode_up_proj.device
+
+    @_not_compiled
+    def forward(self, length: int) -> RotaryTable:
+        """The table for a sequence of `length` tokens, with t by the config's scale policy; cached.
+
+        It holds all positions of its t, so a growing sequence meets one build per t. Past train_length * max_factor
+        tokens, t stays (warned once) and the table doubles when it has to grow.
+
+        Raises:
+            TypeError: length is no int.
+            ValueError: length is negative, or the weights are not finite.
+        """
+        t = self.config.length_factor(length)
+        room = max(round(t * self.config.train_length), self._room(length))
+        freq, _, coarse, fine = self._cached(f"t = {t!r}", room, [t])
+        return RotaryTable(freq[0], t, None, coarse[0], fine[0])
+
+    @_not_compiled
+    def stack(self, max_length: int | None = None) -> RotaryTableStack:
+        """Tables of all integer t = 1 .. max_factor, cached; `stack.select(lengths)` picks one per sequence.
+
+        That choice is the integer policy's, whatever the config says; `at` is its continuous counterpart.
+
+        Args:
+            max_length: positions each table holds at least; None: train_length * max_factor.
+        """
+        room = self._limit if max_length is None else self._room(_tokens("max_length", max_length))
+        times = [float(t) for t in range(1, self.config.max_factor + 1)]
+        freq, t, coarse, fine = self._cached("integers", room, times)
+        return RotaryTableStack(freq, t, None, coarse, fine, train_length=self.config.train_length)
+
+    @_not_compiled
+    def at(self, lengths: Tensor, max_length: int | None = None) -> RotaryTableStack:
+        """One table per sequence at its own continuous t = lengths / train_length in [1, max_factor]; no gradients.
+
+        Computed on the device and never read back. Not cached: these t rarely return. Under the integer policy
+        `stack` serves mixed lengths.
+
+        Args:
+            lengths: [B] int32 or int64, on the weights' device or the CPU.
+            max_length: positions the tables hold; None: the longest of `lengths` where they are on the CPU, else
+                train_length * max_factor. Rows past it are NaN in kernels.
+
+        Raises:
+            TypeError: lengths is no integer tensor.
+            ValueError: lengths has another shape or device, or (on the CPU) a negative length.
+        """
+        if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"lengths: expected an int32 or int64 tensor, got {getattr(lengths, 'dtype', lengths)}")
+        if lengths.dim() != 1 or len(lengths) == 0 or lengths.device.type not in ("cpu", self.device.type):
+            expected = f"shape [B], B >= 1, on {self.device} or the CPU"
+            raise ValueError(f"lengths: expected {expected}, got {list(lengths.shape)} on {lengths.device}")
+        room = self._limit if max_length is None else self._room(_tokens("max_length", max_length))
+        if lengths.device.type == "cpu":
+            shortest, longest = (int(value) for value in lengths.aminmax())
+            _tokens("lengths", shortest)
+            needed = self._room(longest)
+            if max_length is None:
+                room = needed
+            elif longest > room:
+                raise ValueError(f"max_length: expected at least the longest of lengths, {longest}, got {max_length}")
+        with torch.inference_mode(False), torch.no_grad():
+            t = lengths.to(self.device, torch.float64, non_blocking=True) / self.config.train_length
+            t = t.clamp(1.0, self.config.max_factor)
+            freq = self._evaluate(t, weights_fingerprint(*self._weights))
+            index = torch.arange(len(t), device=self.device)
+            return RotaryTableStack.from_frequencies(freq, t, length=room, index=index, dtype=self._dtype)
+
+    @_not_compiled
+    def sample(
+        self,
+        length: int,
+        batch: int | None = None,
+        generator: torch.Generator | None = None,
+        positions: Literal["uniform", "runs"] = "uniform",
+        factors: Literal["integer", "continuous"] = "integer",
+        plain_share: float = 0.0,
+    ) -> RotaryTable | RotaryTableStack:
+        """A training step's table: t at random, and L = `length` positions at random from [0, L t).
+
+        Positions are sorted, 0 and the last one kept, all divided by max(1, L // train_length). The host draws t and a
+        seed, and a generator on the device draws the positions from it, so nothing waits. The draw depends on
+        `generator` and the kind of device only.
+
+        Args:
+            length: L, tokens of a training sequence.
+            batch: None for one RotaryTable with positions [L]; B for a RotaryTableStack with a t and positions [B, L]
+                for every sequence, and index 0 .. B - 1.
+            generator: on the CPU; None: torch's default one.
+            positions: "uniform", the authors' draw without replacement; or "runs", 2 to 8 contiguous runs with random
+                gaps, on which a toy model learned to extrapolate far better.
+            factors: t uniform on the integers 1 .. max_factor, as the authors do; or on the interval [1, max_factor].
+            plain_share: probability of t = 1 on top of that, in [0, 1]; 0.25 kept a toy model's quality at
+                train_length.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type or out of range.
+        """
+        length = _tokens("length", length, least=1)
+        count = 1 if batch is None else _tokens("batch", batch, least=1)
+        _check_sampling(generator, positions, factors, plain_share)
+        times = _draw_times(self.config, count, generator, factors, plain_share)
+        runs = torch.randint(RUNS[0], RUNS[1] + 1, (count,), generator=generator).tolist()
+        seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        on_device = torch.Generator(self.device).manual_seed(seed)
+        spans = [math.floor(length * t) for t in times]
+        if positions == "uniform":
+            rows = [_uniform(length, span, on_device) for span in spans]
+        else:
+            rows = [_in_runs(length, span, n, on_device) for span, n in zip(spans, runs, strict=True)]
+        # divided in fp64: an exact quotient's nearest number.
+        drawn = torch.stack(rows).double() / max(1, length // self.config.train_length)
+        distinct = sorted(set(times))
+        freq = solve_frequencies(*self._weights, self._on_device(distinct), self.config)
+        if batch is None:
+            return RotaryTable.from_frequencies(freq[0], positions=drawn[0], t=times[0], dtype=self._dtype)
+        place = self._on_device([distinct.index(t) for t in times])
+        return RotaryTableStack.from_frequencies(
+            freq.index_select(0, place),
+            self._on_device(times),
+            positions=drawn,
+            index=torch.arange(count, device=self.device),
+            dtype=self._dtype,
+        )
+
+    def invalidate(self) -> None:
+        """Drop all cached tables; needed after a change of the weights that can't be seen (class docstring)."""
+        self._cache.invalidate()
+
+    def cache_stats(self) -> CacheStats:
+        """Hits, misses, evictions, bytes and entries of the table cache."""
+        return self._cache.stats()
+
+    def train(self, mode: bool = True) -> "ClexRotaryEmbedding":
+        """Switch between training and evaluation; drops cached tables."""
+        self._cache.invalidate()
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """The settings that matter most."""
+        config = self.config
+        return f"rotary_dim={config.rotary_dim}, train_length={config.train_length}, max_factor={config.max_factor}"
+
+    @property
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        return self.proj_func.ode_up_proj, self.proj_func.ode_down_proj
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.proj_func.ode_up_proj.dtype
+
+    @property
+    def _limit(self) -> int:
+        return self.config.train_length * self.config.max_factor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ClexRotaryEmbedding":
+        self._cache.invalidate()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self._cache.invalidate()
+        inv_freq = state_dict.pop(prefix + "inv_freq", None)
+        if inv_freq is not None:
+            steps = torch.arange(self.config.pairs, dtype=torch.float64) / self.config.pairs
+            plain = self.config.rope_base**-steps
+            # bf16 checkpoints round it to 3 digits.
+            if inv_freq.shape != plain.shape or not torch.allclose(inv_freq.double().cpu(), plain, rtol=1e-2):
+                error_msgs.append(
+                    f"{prefix}inv_freq: expected the {self.config.pairs} plain frequencies of"
+                    f" rope_base = {self.config.rope_base:g}, got others; the checkpoint belongs to another config"
+                )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _room(self, length: int) -> int:
+        """Positions to hold for `length`: itself, or past the limit the limit doubled until it fits."""
+        if length <= self._limit:
+            return length
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{length} tokens are past train_length * max_factor = {self._limit}: positions go on, but the"
+                f" frequencies stay those of t = {self.config.max_factor}",
+                stacklevel=3,
+            )
+        return self._limit << ((length - 1) // self._limit).bit_length()
+
+    def _on_device(self, values: list[float] | list[int]) -> Tensor:
+        dtype = torch.float64 if isinstance(values[0], float) else torch.int64
+        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+
+    def _cached(self, key: str, length: int, times: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """freq [T, R], t [T], coarse [T, C, 2, R] and fine [T, F, 2, R]; in training freq carries gradients."""
+        fingerprint = weights_fingerprint(*self._weights)
+
+        def build() -> tuple[Tensor, ...]:
+            t = self._on_device(times)
+            freq = self._evaluate(t, fingerprint)
+            stack = RotaryTableStack.from_frequencies(freq, t, length=length, dtype=self._dtype)
+            return stack.freq, stack.t, stack.coarse, stack.fine
+
+        freq, t, coarse, fine = self._cache.fetch(f"{key} {self.device}", length, fingerprint, build)
+        if self.training and torch.is_grad_enabled() and any(weight.requires_grad for weight in self._weights):
+            freq = solve_frequencies(*self._weights, t, self.config)
+        return freq, t, coarse, fine
+
+    def _evaluate(self, t: Tensor, fingerprint: int) -> Tensor:
+        """Frequencies [T, R] at `t` [T], read off the one solution over all t, which is cached like a table."""
+        nodes, polynomials = self._cache.fetch(
+            f"trajectory {self.device}", 0, fingerprint, lambda: trajectory(*self._weights, self._solved)
+        )
+        return evaluate(nodes, polynomials, t)
+
+
+def _draw_times(
+    config: ClexConfig, count: int, generator: torch.Generator | None, factors: str, plain_share: float
+) -> list[float]:
+    """Length factors of `count` sequences; the generator advances alike whatever the options."""
+    plain = torch.rand(count, generator=generator, dtype=torch.float64) < plain_share
+    whole = torch.randint(1, config.max_factor + 1, (count,), generator=generator).double()
+    real = 1 + (config.max_factor - 1) * torch.rand(count, generator=generator, dtype=torch.float64)
+    return torch.where(plain, 1.0, whole if factors == "integer" else real).tolist()
+
+
+def _uniform(length: int, span: int, generator: torch.Generator) -> Tensor:
+    """[L] int64: 0, span - 1 and L - 2 of the numbers between, without replacement, sorted."""
+    device = generator.device
+    inner = torch.randperm(max(span - 2, 0), generator=generator, device=device)[: max(length - 2, 0)].sort().values + 1
+    ends = torch.arange(2, device=device) * (span - 1)
+    return torch.cat((ends[:1], inner, ends[1:]))[:length]
+
+
+def _in_runs(length: int, span: int, runs: int, generator: torch.Generator) -> Tensor:
+    """[L] int64: up to `runs` contiguous runs of random lengths with random gaps between, from 0 to span - 1."""
+    device = generator.device
+    cuts = torch.randperm(max(length - 1, 0), generator=generator, device=device)[: runs - 1].sort().values + 1
+    # what a run is shifted by: none for the first, all free room for the last.
+    shifts = torch.randint(0, span - length + 1, (len(cuts) + 1,), generator=generator, device=device).sort().values
+    shifts[0] = 0
+    shifts[len(cuts) :] = (span - length) if len(cuts) else 0
+    token = torch.arange(length, device=device)
+    return token + shifts[torch.searchsorted(cuts, token, right=True)]
+
+
+def _tokens(name: str, value: int, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return value
+
+
+def _check_sampling(generator: torch.Generator | None, positions: str, factors: str, plain_share: float) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(f"generator: expected one on the CPU, where t is drawn, got one on {generator.device}")
+    if positions not in ("uniform", "runs"):
+        raise ValueError(f"positions: expected 'uniform' or 'runs', got {positions!r}")
+    if factors not in ("integer", "continuous"):
+        raise ValueError(f"factors: expected 'integer' or 'continuous', got {factors!r}")
+    if not 0.0 <= plain_share <= 1.0:
+        raise ValueError(f"plain_share: expected a probability from 0 to 1, got {plain_share!r}")

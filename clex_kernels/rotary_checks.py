@@ -1,0 +1,163 @@
+"""Checks of what apply_rotary is given: wrong arguments raise, naming what was expected and what came.
+
+Values are looked at where that costs no synchronisation, that is on the host, or everywhere under `debug`.
+"""
+
+import torch
+from torch import Tensor
+
+from clex_kernels.tables import RotaryTable, RotaryTableStack
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether x's values can be looked at for nothing: not on a device, nor while something is traced."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def check_operand(name: str, x: Tensor, q: Tensor) -> None:
+    """q or k itself: type, dtype, device, shape and strides."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x is not q and (x.dtype != q.dtype or x.device != q.device):
+        error = TypeError if x.dtype != q.dtype else ValueError
+        raise error(f"{name}: expected q's {q.dtype} on {q.device}, got {x.dtype} on {x.device}")
+    if x.dtype not in DTYPES or (x.dtype == torch.float64 and x.device.type == "cuda"):
+        raise TypeError(f"{name}: expected float32, float16, bfloat16, or float64 on the CPU, got {x.dtype}")
+    heads = "H" if x is q else "G"
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected shape [B, L, {heads}, D], got {list(x.shape)}")
+    if x is not q and (x.shape[0], x.shape[1], x.shape[3]) != (q.shape[0], q.shape[1], q.shape[3]):
+        b, length, _, d = q.shape
+        raise ValueError(f"{name}: expected shape [B={b}, L={length}, G, D={d}] as q's, got {list(x.shape)}")
+    if x.shape[3] > 1 and x.stride(3) != 1 and x.numel() > 0:
+        raise ValueError(f"{name}: expected unit stride in D, got strides {list(x.stride())}")
+
+
+def stacked(
+    q: Tensor, table: RotaryTable | RotaryTableStack, debug: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """freq, coarse, fine and positions with a leading T, and the index of each sequence."""
+    if not isinstance(table, (RotaryTable, RotaryTableStack)):
+        raise TypeError(f"table: expected a RotaryTable or RotaryTableStack, got {type(table).__name__}")
+    rotary_dim = 2 * table.coarse.shape[-1]
+    if rotary_dim > q.shape[3]:
+        raise ValueError(f"table: expected a rotary dimension 2R of at most D={q.shape[3]}, got {rotary_dim}")
+    wanted = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if table.coarse.dtype != wanted:
+        raise TypeError(f"table: expected dtype {wanted} for q of {q.dtype}, got {table.coarse.dtype}")
+    if table.coarse.device != q.device:
+        raise ValueError(f"table: expected it on q's device {q.device}, got {table.coarse.device}")
+    if isinstance(table, RotaryTable):
+        positions = None if table.positions is None else table.positions.unsqueeze(0)
+        return table.freq.unsqueeze(0), table.coarse.unsqueeze(0), table.fine.unsqueeze(0), positions, None
+    check_index(q, table.index, table.coarse.shape[0], debug)
+    return table.freq, table.coarse, table.fine, table.positions, table.index
+
+
+def check_index(q: Tensor, index: Tensor | None, tables: int, debug: bool) -> None:
+    """The sequences' choice among the tables of a stack."""
+    batch = q.shape[0]
+    if index is None:
+        if tables not in (1, batch):
+            raise ValueError(f"table: a stack of T={tables} needs an index [B={batch}], call table.select(lengths)")
+        return
+    if index.dtype != torch.int64:
+        raise TypeError(f"table.index: expected int64, got {index.dtype}")
+    if index.shape != (batch,) or index.device != q.device:
+        raise ValueError(
+            f"table.index: expected shape [B={batch}] on {q.device}, got {list(index.shape)} on {index.device}"
+        )
+    if index.numel() > 0 and (on_host(index) or debug):
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= tables:
+            raise ValueError(f"table.index: expected values in [0, T={tables}), got {low} to {high}")
+
+
+def check_positions(q: Tensor, length: int, position_ids: Tensor | None, offset: int, debug: bool) -> None:
+    """Where the tokens stand: all of them within the table."""
+    batch, tokens = q.shape[:2]
+    if not isinstance(offset, (int, torch.SymInt)):
+        raise TypeError(f"offset: expected an int, got {type(offset).__name__}")
+    if position_ids is None:
+        if offset < 0:
+            raise ValueError(f"offset: expected at least 0, got {offset}")
+        if offset + tokens > length:
+            raise ValueError(
+                f"offset: expected offset + L to stay within the table's {length} positions, got {offset} + {tokens}"
+            )
+        return
+    if not isinstance(position_ids, Tensor) or position_ids.dtype != torch.int64:
+        got = position_ids.dtype if isinstance(position_ids, Tensor) else type(position_ids).__name__
+        raise TypeError(f"position_ids: expected an int64 tensor, got {got}")
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
+        raise ValueError(f"position_ids: expected shape [B={batch} or 1, L={tokens}], got {list(position_ids.shape)}")
+    if position_ids.device != q.device:
+        raise ValueError(f"position_ids: expected it on q's device {q.device}, got {position_ids.device}")
+    if position_ids.numel() > 0 and (on_host(position_ids) or debug):
+        low, high = (int(bound) + offset for bound in position_ids.aminmax())
+        if low < 0 or high >= length:
+            raise ValueError(f"position_ids: expected positions in [0, {length}), got {low} to {high}")
+
+
+def check_writable(name: str, x: Tensor) -> None:
+    """That no two elements of x share memory."""
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"{name}: can't be written to, since elements share memory (strides {list(x.stride())})")
+
+
+def check_distinct(names: str, first: Tensor, second: Tensor | None) -> None:
+    """That two tensors to write to are not one; overlap in general is not cheap to see."""
+    if second is None:
+        return
+    shared = first is second
+    if not shared and on_host(first) and on_host(second) and first.numel() > 0 and second.numel() > 0:
+        shared = first.data_ptr() == second.data_ptr()
+    if shared:
+        raise ValueError(f"{names}: expected tensors that share no memory")
+
+
+def check_in_place(q: Tensor, k: Tensor | None, wants_grad: bool) -> None:
+    """What rotating in place asks of q and k."""
+    check_distinct("q, k", q, k)
+    for name, x in (("q", q), ("k", k)):
+        if x is None:
+            continue
+        check_writable(name, x)
+        if not wants_grad or torch.compiler.is_compiling():
+            continue
+        # autograd says the same, but only after the values are gone.
+        base = x if x._base is None else x._base
+        if base.is_leaf and base.requires_grad:
+            raise RuntimeError(f"{name}: a leaf (or a view of one) that requires grad can't be rotated in place")
+
+
+def check_out(
+    q: Tensor, k: Tensor | None, out: tuple[Tensor, Tensor | None], inplace: bool, wants_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The memory to write to."""
+    if inplace:
+        raise ValueError("out: expected None together with inplace=True")
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise TypeError("out: expected (q_out, k_out)")
+    q_out, k_out = out
+    if (k_out is None) != (k is None):
+        raise ValueError("out: expected k_out to be None where k is, and only there")
+    if wants_grad or any(x is not None and x.requires_grad for x in out):
+        raise ValueError("out: not differentiable, expected tensors that need no gradient (or torch.no_grad())")
+    for name, source, target in (("out[0]", q, q_out), ("out[1]", k, k_out)):
+        if source is None:
+            continue
+        if not isinstance(target, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(target).__name__}")
+        if (target.shape, target.dtype, target.device) != (source.shape, source.dtype, source.device):
+            raise ValueError(
+                f"{name}: expected {list(source.shape)} {source.dtype} on {source.device}, "
+                f"got {list(target.shape)} {target.dtype} on {target.device}"
+            )
+        if target.shape[3] > 1 and target.stride(3) != 1 and target.numel() > 0:
+            raise ValueError(f"{name}: expected unit stride in D, got strides {list(target.stride())}")
+        check_writable(name, target)
+    check_distinct("out", q_out, k_out)
+    return q_out, k_out

@@ -1,0 +1,319 @@
+"""Factored tables of rotary cosines and sines.
+
+Position p = F c + j needs cos and sin of p * freq, one complex product of a coarse and a fine row:
+
+    coarse[c] = amplitude * (cos, sin)(F c freq)     [C, 2, R]
+    fine[j]   = (cos, sin)(j freq)                   [F, 2, R],  F = 64
+
+Both are computed in fp64 from fp64 frequencies (csrc/tables.h has the arithmetic) and then rounded to `dtype`. Sampled
+or fractional positions are the case F = 1: one coarse row per position and fine = (1, 0). Rows are planar: R cosines,
+then R sines.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from warnings import warn
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from clex_kernels.extension import has_cuda, library
+from clex_kernels.table_cache import CacheStats, TableCache, weights_fingerprint
+
+__all__ = ["TILE", "CacheStats", "RotaryTable", "RotaryTableStack", "TableCache", "weights_fingerprint"]
+
+TILE = 64
+
+library.define(
+    "tables(Tensor freq, SymInt length, Tensor? positions, float amplitude, ScalarType dtype)"
+    " -> (Tensor coarse, Tensor fine)"
+)
+
+
+def _empty_tables(
+    freq: Tensor, length: int, positions: Tensor | None, amplitude: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    factors, pairs = freq.shape
+    rows, tile = ((length + TILE - 1) // TILE, TILE) if positions is None else (positions.shape[1], 1)
+    coarse = freq.new_empty((factors, rows, 2, pairs), dtype=dtype)
+    fine = freq.new_empty((factors, tile, 2, pairs), dtype=dtype)
+    return coarse, fine
+
+
+torch.library.register_fake("clex::tables", _empty_tables, lib=library)
+
+
+def _tables_torch(
+    freq: Tensor, length: int, positions: Tensor | None, amplitude: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The op in plain torch, for devices without the C++ one. Rounds angles to fp64: 2e-7 off at 2^31 rad."""
+    if positions is None:
+        coarse_rows = torch.arange((length + TILE - 1) // TILE, dtype=freq.dtype, device=freq.device)[None] * TILE
+        fine_rows = torch.arange(TILE, dtype=freq.dtype, device=freq.device)[None]
+    else:
+        coarse_rows, fine_rows = positions, freq.new_zeros((1, 1))
+
+    def rows(at: Tensor, size: float) -> Tensor:
+        angle = at[..., None] * freq[:, None]
+        return (size * torch.stack((angle.cos(), angle.sin()), dim=-2)).to(dtype)
+
+    return rows(coarse_rows, amplitude), rows(fine_rows, 1.0)
+
+
+def _tables_cuda(
+    freq: Tensor, length: int, positions: Tensor | None, amplitude: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if not has_cuda():
+        return _tables_torch(freq, length, positions, amplitude, dtype)
+    coarse, fine = _empty_tables(freq, length, positions, amplitude, dtype)
+    positions = None if positions is None else positions.contiguous()
+    with torch.cuda.device(freq.device):
+        stream = torch.cuda.current_stream(freq.device).cuda_stream
+        torch.ops.clex_cuda.tables(freq.contiguous(), positions, amplitude, coarse, fine, stream)
+    return coarse, fine
+
+
+library.impl("tables", _tables_cuda, "CUDA")
+
+
+def _check_freq(freq: Tensor, shape: str) -> None:
+    if not isinstance(freq, Tensor):
+        raise TypeError(f"freq: expected a tensor, got {type(freq).__name__}")
+    if freq.dtype != torch.float64:
+        raise TypeError(
+            f"freq: expected torch.float64, got {freq.dtype}; rounding frequencies to float32 alone moves an angle by"
+            " up to 0.2 rad at position 1M, so compute them in float64"
+        )
+    if freq.dim() != shape.count(",") + 1 or 0 in freq.shape:
+        raise ValueError(f"freq: expected shape {shape}, none of them 0, got {list(freq.shape)}")
+
+
+def _check_positions(positions: Tensor, freq: Tensor, shape: str, rows: tuple[int, ...]) -> Tensor:
+    """Positions as fp64, with their leading sizes among `rows`."""
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"positions: expected a tensor, got {type(positions).__name__}")
+    if positions.dtype not in (torch.float64, torch.int64, torch.int32):
+        raise TypeError(f"positions: expected torch.float64, torch.int64 or torch.int32, got {positions.dtype}")
+    if positions.dim() != freq.dim() or (positions.dim() == 2 and positions.shape[0] not in rows):
+        raise ValueError(f"positions: expected shape {shape}, got {list(positions.shape)}")
+    if positions.device != freq.device:
+        raise ValueError(f"positions: expected on {freq.device}, where freq is, got {positions.device}")
+    if positions.device.type == "cpu" and not torch.compiler.is_compiling() and not positions.isfinite().all():
+        raise ValueError("positions: expected finite numbers, got NaN or infinity")
+    return positions.double()
+
+
+def _normal_mode() -> AbstractContextManager[object]:
+    """Tensors made here may be saved by autograd later, also where the caller is in inference mode."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+
+
+def _savable(tensor: Tensor) -> Tensor:
+    return tensor.clone() if not torch.compiler.is_compiling() and tensor.is_inference() else tensor
+
+
+def _build(
+    freq: Tensor, length: int | None, positions: Tensor | None, amplitude: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """coarse and fine of freq [T, R], once the rest of the arguments is found valid."""
+    if (length is None) == (positions is None):
+        raise ValueError(
+            "length, positions: expected exactly one of them, got " + ("both" if positions is not None else "none")
+        )
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    if not 0.0 < amplitude < math.inf:
+        raise ValueError(f"amplitude: expected a finite number > 0, got {amplitude}")
+    if length is None:
+        length = 0
+    elif isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
+        raise TypeError(f"length: expected an int, got {type(length).__name__}")
+    elif length < 0:
+        raise ValueError(f"length: expected >= 0, got {length}")
+    return torch.ops.clex.tables(freq.detach(), length, positions, float(amplitude), dtype)
+
+
+class _Factored:
+    """What one table and a stack of tables have in common."""
+
+    coarse: Tensor
+    fine: Tensor
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many channels of a head are rotated, 2R."""
+        return 2 * self.coarse.shape[-1]
+
+    @property
+    def tile(self) -> int:
+        """F: 64, or 1 for a table of sampled positions."""
+        return self.fine.shape[-3]
+
+    @property
+    def length(self) -> int:
+        """How many positions (or rows of sampled positions) the table holds, C F."""
+        return self.coarse.shape[-3] * self.fine.shape[-3]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the table lives."""
+        return self.coarse.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the cosines and sines."""
+        return self.coarse.dtype
+
+    def check_positions(self, first: int, last: int) -> None:
+        """Raise ValueError unless rows `first` to `last`, both included, are in the table."""
+        if first < 0 or last >= self.length:
+            what = "rows of sampled positions" if self.tile == 1 else "positions"
+            raise ValueError(f"positions: expected in [0, {self.length}), the table's {what}, got {first} to {last}")
+
+
+@dataclass(frozen=True, eq=False)
+class RotaryTable(_Factored):
+    """Cosines and sines of one set of frequencies. A pytree; build it with `from_frequencies`.
+
+    freq [R] fp64, rad/token, may carry a gradient; t, the length factor it belongs to; positions [L] fp64 tokens, or
+    None for 0, 1, 2, ...; coarse [C, 2, R] and fine [F, 2, R] as in the module docstring; amplitude, already in coarse.
+    """
+
+    freq: Tensor
+    t: float
+    positions: Tensor | None
+    coarse: Tensor
+    fine: Tensor
+    amplitude: float = 1.0
+
+    @classmethod
+    def from_frequencies(
+        cls,
+        freq: Tensor,
+        length: int | None = None,
+        positions: Tensor | None = None,
+        amplitude: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+        t: float = 1.0,
+    ) -> "RotaryTable":
+        """A table of `freq` [R] fp64 for positions 0 .. length - 1 or for `positions` [L].
+
+        `amplitude` multiplies cosines and sines (the attention factor of YaRN and LongRoPE). Raises TypeError for a
+        wrong dtype (freq must be fp64) and ValueError for wrong shapes, devices and values.
+        """
+        _check_freq(freq, "[R]")
+        if not 1.0 <= t < math.inf:
+            raise ValueError(f"t: expected a finite number >= 1, got {t}")
+        with _normal_mode():
+            freq = _savable(freq)
+            if positions is not None:
+                positions = _savable(_check_positions(positions, freq, "[L]", ()))
+            rows = None if positions is None else positions[None]
+            coarse, fine = _build(freq[None], length, rows, amplitude, dtype)
+            return cls(freq, float(t), positions, coarse[0], fine[0], float(amplitude))
+
+
+@dataclass(frozen=True, eq=False)
+class RotaryTableStack(_Factored):
+    """T tables, one of which serves each sequence of a batch. A pytree; build it with `from_frequencies`.
+
+    freq [T, R] fp64, t [T] fp64, positions [T, L] fp64 or None, coarse [T, C, 2, R], fine [T, F, 2, R], amplitude as in
+    RotaryTable. Sequence b uses table index[b] (int64 [B]); without an index table b, or the only one. `train_length`
+    (tokens per unit of t) is what `select` needs.
+    """
+
+    freq: Tensor
+    t: Tensor
+    positions: Tensor | None
+    coarse: Tensor
+    fine: Tensor
+    amplitude: float = 1.0
+    index: Tensor | None = None
+    train_length: int | None = None
+
+    @classmethod
+    def from_frequencies(
+        cls,
+        freq: Tensor,
+        t: Tensor,
+        length: int | None = None,
+        positions: Tensor | None = None,
+        amplitude: float = 1.0,
+        index: Tensor | None = None,
+        train_length: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "RotaryTableStack":
+        """Tables of `freq` [T, R] fp64 for positions 0 .. length - 1 or for `positions` [T, L] (or [1, L], shared).
+
+        Raises TypeError and ValueError as RotaryTable.from_frequencies does.
+        """
+        _check_freq(freq, "[T, R]")
+        factors = freq.shape[0]
+        _check_factors(t, freq)
+        if index is not None:
+            _check_index(index, freq)
+        if train_length is not None and train_length < 1:
+            raise ValueError(f"train_length: expected >= 1, got {train_length}")
+        with _normal_mode():
+            freq, t = _savable(freq), _savable(t)
+            if positions is not None:
+                positions = _savable(_check_positions(positions, freq, "[T, L] or [1, L]", (1, factors)))
+            coarse, fine = _build(freq, length, positions, amplitude, dtype)
+            if positions is not None:
+                positions = positions.expand(factors, -1).contiguous()
+            return cls(freq, t, positions, coarse, fine, float(amplitude), index, train_length)
+
+    def select(self, lengths: Tensor) -> "RotaryTableStack":
+        """The stack with sequence b on the table of t = ceil(lengths[b] / train_length), for t = 1, 2, .., T.
+
+        lengths [B], integers, on the table's device; nothing waits for the device. A longer sequence stays at t = T,
+        with a warning where the lengths are on the CPU. Raises ValueError without a `train_length`.
+        """
+        if self.train_length is None:
+            raise ValueError("train_length: expected from from_frequencies(..., train_length=...), got None")
+        if lengths.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"lengths: expected torch.int64 or torch.int32, got {lengths.dtype}")
+        if lengths.dim() != 1 or lengths.device != self.device:
+            raise ValueError(
+                f"lengths: expected shape [B] on {self.device}, got {list(lengths.shape)} on {lengths.device}"
+            )
+        factors = self.freq.shape[0]
+        if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
+            if lengths.min() < 0:
+                raise ValueError(f"lengths: expected >= 0, got {int(lengths.min())}")
+            if lengths.max() > factors * self.train_length:
+                warn(
+                    f"lengths past {factors} * {self.train_length} tokens keep the frequencies of t = {factors}",
+                    stacklevel=2,
+                )
+        steps = torch.div(lengths.long() + self.train_length - 1, self.train_length, rounding_mode="floor")
+        return replace(self, index=steps.clamp(1, factors) - 1)
+
+
+for _cls in (RotaryTable, RotaryTableStack):
+    pytree.register_dataclass(_cls, serialized_type_name=f"clex_kernels.{_cls.__name__}")
+
+
+def _check_factors(t: Tensor, freq: Tensor) -> None:
+    if not isinstance(t, Tensor) or t.dtype != torch.float64:
+        raise TypeError(
+            f"t: expected a torch.float64 tensor, got {t.dtype if isinstance(t, Tensor) else type(t).__name__}"
+        )
+    if t.shape != freq.shape[:1] or t.device != freq.device:
+        expected = f"shape [T] = [{freq.shape[0]}] on {freq.device}"
+        raise ValueError(f"t: expected {expected}, got {list(t.shape)} on {t.device}")
+    if t.device.type == "cpu" and not torch.compiler.is_compiling() and not ((t >= 1) & t.isfinite()).all():
+        raise ValueError(f"t: expected finite numbers >= 1, got {t.tolist()}")
+
+
+def _check_index(index: Tensor, freq: Tensor) -> None:
+    if index.dtype != torch.int64:
+        raise TypeError(f"index: expected torch.int64, got {index.dtype}")
+    if index.dim() != 1 or index.device != freq.device:
+        raise ValueError(f"index: expected shape [B] on {freq.device}, got {list(index.shape)} on {index.device}")
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        first, last = index.aminmax()
+        if first < 0 or last >= freq.shape[0]:
+            raise ValueError(f"index: expected in [0, T) = [0, {freq.shape[0]}), got {int(first)} to {int(last)}")

@@ -1,0 +1,44 @@
+import pytest
+
+triton = pytest.importorskip("triton")
+
+import compile_gate  # noqa: E402
+from compile_gate import CASES, TARGETS, TRITON, find_nvdisasm, gate, innermost_loops, problems  # noqa: E402
+
+SASS = """
+        /*0000*/                   LDL R1, [R2] ;
+.L_x_1:
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR8][R2.64] ;
+        /*0020*/                   STL [R1], R4 ;
+.L_x_2:
+        /*0030*/                   STG.E.U16 desc[UR8][R6.64], R4 ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/               @P0 BRA `(.L_x_1) ;
+        /*0060*/                   EXIT ;
+.L_x_3:
+        /*0070*/                   BRA `(.L_x_3);
+"""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_configuration_compiles_within_the_targets_limits(target: str) -> None:
+    if triton.__version__ != TRITON:
+        pytest.skip(f"counts are for triton {TRITON}, this is {triton.__version__}")
+    found = gate(target)
+    assert [counts.name for counts in found] == list(CASES)
+    assert not [problem for counts in found for problem in problems(CASES[counts.name], counts, target)]
+    if TARGETS[target].gpu.backend == "cuda" and find_nvdisasm() is None:
+        pytest.skip("compiled, but no nvdisasm found to look for spills in loops and wide accesses")
+
+
+def test_no_more_than_sixty_configurations_a_target() -> None:
+    assert len(CASES) <= 60
+
+
+def test_innermost_loops_are_found_with_their_accesses() -> None:
+    instructions, loops = innermost_loops(SASS)
+    assert len(instructions) == 8
+    assert [[text.split()[0] for text in loop] for loop in loops] == [["STG.E.U16", "BRA"]]
+    loop = compile_gate.count_loop(["LDG.E.128 R4", "LDG.E R5", "STL [R1]", "STG.E.64 R6"], threads=128, elements=256)
+    assert (loop.spills, loop.reads, loop.writes) == (1, {"128": 1, "32": 1}, {"64": 1})
+    assert (loop.bytes_read, loop.bytes_written) == (10, 4)

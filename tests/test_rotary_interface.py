@@ -1,0 +1,310 @@
+"""How apply_rotary may be called: in place, into given memory, compiled, and wrongly."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from clex_kernels.rotary import apply_rotary
+from clex_kernels.tables import RotaryTable, RotaryTableStack
+
+B, L, H, G, D, R = 2, 9, 4, 2, 24, 8
+FREQ = 10000.0 ** (-torch.arange(R, dtype=torch.float64) / R)
+
+
+def inputs(dtype: torch.dtype = torch.float32, length: int = L) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(B, length, heads, D, generator=generator).to(dtype) for heads in (H, G))
+
+
+def make_table(freq: Tensor = FREQ, length: int = 128, dtype: torch.dtype = torch.float32) -> RotaryTable:
+    return RotaryTable.from_frequencies(freq, length=length, dtype=dtype)
+
+
+def make_stack(factors: int = 4, **settings: Any) -> RotaryTableStack:
+    t = torch.arange(1, factors + 1, dtype=torch.float64)
+    return RotaryTableStack.from_frequencies(FREQ / t[:, None], t, length=128, **settings)
+
+
+def packed(freq: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k in place, as views of one buffer [B, L, H + G, D]."""
+    return apply_rotary(buffer[:, :, :H], buffer[:, :, H:], make_table(freq), inplace=True)
+
+
+def test_in_place_writes_to_the_tensors_themselves() -> None:
+    q, k = inputs()
+    expected = apply_rotary(q, k, make_table(), offset=3)
+    q_out, k_out = apply_rotary(q, k, make_table(), offset=3, inplace=True)
+    assert q_out is q
+    assert k_out is k
+    assert torch.equal(q, expected[0])
+    assert torch.equal(k, expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_given_memory_is_filled_completely(dtype: torch.dtype) -> None:
+    q, k = inputs(dtype)
+    expected = apply_rotary(q, k, make_table())
+    # memory of another layout than the inputs'.
+    out = tuple(torch.full((B, x.shape[2], L, D), torch.nan, dtype=dtype).transpose(1, 2) for x in (q, k))
+    q_out, k_out = apply_rotary(q, k, make_table(), out=out)
+    assert q_out is out[0]
+    assert k_out is out[1]
+    assert torch.equal(q_out, expected[0])
+    assert torch.equal(k_out, expected[1])
+
+
+def test_the_operator_undoes_itself_by_the_conjugate() -> None:
+    q, k = inputs(torch.float64)
+    table = make_table(dtype=torch.float64)
+    tables = (table.coarse[None], table.fine[None], None, None, 5)
+    rotated = apply_rotary(q, k, table, offset=5)
+    torch.ops.clex.rotary_(*rotated, *tables, True)
+    torch.testing.assert_close(rotated, (q, k), rtol=1e-13, atol=1e-13)
+
+
+def test_views_of_one_buffer_rotate_in_place_with_all_gradients() -> None:
+    buffer = torch.cat(inputs(), dim=2)
+    seeds = inputs(length=L)
+    gradients = []
+    for inplace in (False, True):
+        leaf, freq = buffer.clone().requires_grad_(), FREQ.clone().requires_grad_()
+        copy = leaf * 1
+        q, k = packed(freq, copy) if inplace else apply_rotary(copy[:, :, :H], copy[:, :, H:], make_table(freq))
+        gradients.append(torch.autograd.grad((q, k), (leaf, freq), seeds))
+    for out_of_place, in_place in zip(*gradients, strict=True):
+        torch.testing.assert_close(in_place, out_of_place, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_flow_through_the_buffer_too() -> None:
+    freq = FREQ.clone().requires_grad_()
+    leaf = torch.cat(inputs(), dim=2).requires_grad_()
+    copy = leaf * 1
+    packed(freq, copy)
+    copy.square().sum().backward()
+    # a rotation keeps lengths.
+    torch.testing.assert_close(leaf.grad, 2 * leaf.detach(), rtol=1e-5, atol=1e-5)
+    assert freq.grad.abs().max() < 1e-3
+
+
+def test_writing_to_what_dfreq_needs_is_noticed() -> None:
+    for inplace in (True, False):
+        freq = FREQ.clone().requires_grad_()
+        q, k = (x.requires_grad_() * 1 for x in inputs())
+        q_out, k_out = apply_rotary(q, k, make_table(freq), inplace=inplace)
+        loss = q_out.sum() + k_out.sum()
+        with torch.no_grad():
+            k_out.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_writing_is_free_where_dfreq_is_not_wanted() -> None:
+    for inplace in (True, False):
+        q, k = (x.requires_grad_() * 1 for x in inputs())
+        q_out, k_out = apply_rotary(q, k, make_table(), inplace=inplace)
+        loss = q_out.sum() + k_out.sum()
+        with torch.no_grad():
+            k_out.zero_()
+        loss.backward()
+
+
+def test_in_place_notices_that_its_input_was_needed() -> None:
+    x = inputs()[0].requires_grad_()
+    q = x * 1
+    loss = q.square()
+    apply_rotary(q, None, make_table(), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+
+
+def test_backward_leaves_incoming_gradients_alone() -> None:
+    for inplace in (False, True):
+        freq = FREQ.clone().requires_grad_()
+        q, k = (x.requires_grad_() * 1 for x in inputs())
+        outputs = apply_rotary(q, k, make_table(freq), inplace=inplace)
+        incoming = [torch.ones_like(x) for x in outputs]
+        torch.autograd.backward(outputs, incoming)
+        assert all(torch.equal(x, torch.ones_like(x)) for x in incoming)
+
+
+def test_leaf_that_requires_grad_is_left_alone() -> None:
+    q, k = inputs()
+    for leaf in (q.clone().requires_grad_(), q.clone().requires_grad_()[:, :]):
+        with pytest.raises(RuntimeError, match="leaf"):
+            apply_rotary(k.repeat(1, 1, 2, 1), leaf, make_table(), inplace=True)
+        assert torch.equal(leaf, q)
+    with torch.no_grad():
+        apply_rotary(q.requires_grad_(), k, make_table(), inplace=True)
+
+
+def test_second_derivative_is_refused() -> None:
+    q, k = (x.requires_grad_() for x in inputs())
+    (gradient,) = torch.autograd.grad(apply_rotary(q, k, make_table())[0].square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant: bool) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        q, k = (x.requires_grad_() for x in inputs())
+        freq = FREQ.clone().requires_grad_()
+
+        def layer(q: Tensor, k: Tensor, freq: Tensor) -> Tensor:
+            q, k = apply_rotary(q * 2, k * 2, make_table(freq), inplace=True)
+            return (q[:, :, :G] * k).square().sum()
+
+        loss = checkpoint(layer, q, k, freq, use_reentrant=reentrant) if checkpointed else layer(q, k, freq)
+        gradients.append(torch.autograd.grad(loss, (q, k, freq)) if not reentrant else backward(loss, (q, k, freq)))
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+
+
+def backward(loss: Tensor, leaves: tuple[Tensor, ...]) -> list[Tensor]:
+    loss.backward()
+    return [leaf.grad for leaf in leaves]
+
+
+def test_inference_mode() -> None:
+    q, k = inputs()
+    expected = apply_rotary(q, k, make_table())
+    with torch.inference_mode():
+        x, y = q.clone(), k.clone()
+        assert torch.equal(apply_rotary(x, y, make_table())[0], expected[0])
+        assert torch.equal(apply_rotary(x, y, make_table(), inplace=True)[1], expected[1])
+
+
+def opcheck_arguments() -> dict[str, tuple[Any, ...]]:
+    q, k = inputs()
+    stack = make_stack(index=torch.tensor([2, 0]))
+    positions = torch.arange(128, dtype=torch.float64)[None]
+    ids = torch.arange(L)[None]
+    tables = (stack.coarse, stack.fine)
+    where = (stack.index, ids, 3)
+    leaves = (q.clone().requires_grad_(), k.clone().requires_grad_(), stack.freq.clone().requires_grad_())
+    return {
+        "rotary": (*leaves, *tables, positions, *where),
+        "rotary_": (q, k, *tables, *where, True),
+        "rotary_out": (q, k, *tables, *where, False, torch.empty_like(q), torch.empty_like(k)),
+        "rotary_bwd": (q, k, q, k, *tables, positions, *where),
+    }
+
+
+@pytest.mark.parametrize("name", ["rotary", "rotary_", "rotary_out", "rotary_bwd"])
+def test_opcheck(name: str) -> None:
+    operator = getattr(torch.ops.clex, name).default
+    arguments = opcheck_arguments()[name]
+    torch.library.opcheck(operator, arguments)
+    # without k, and for the backward without dfreq.
+    absent = {"rotary": [1], "rotary_": [1], "rotary_out": [1, 9], "rotary_bwd": [1, 2, 3]}[name]
+    torch.library.opcheck(operator, tuple(None if i in absent else x for i, x in enumerate(arguments)))
+
+
+def test_meta_and_fake_tensors() -> None:
+    with FakeTensorMode():
+        q, k = torch.empty(B, L, H, D, dtype=torch.bfloat16), torch.empty(B, L, G, D, dtype=torch.bfloat16)
+        q_out, k_out = apply_rotary(q, k, make_table(torch.rand(R, dtype=torch.float64)))
+        assert q_out.shape == q.shape
+        assert k_out.dtype == torch.bfloat16
+    table = make_table()
+    tables = [x.to("meta")[None] for x in (table.freq, table.coarse, table.fine)]
+    q_out, k_out = torch.ops.clex.rotary(inputs()[0].to("meta"), None, *tables, None, None, None, 0)
+    assert q_out.shape == (B, L, H, D)
+    assert k_out.shape == (0,)
+
+
+def step(q: Tensor, k: Tensor, table: RotaryTable, offset: int, inplace: bool) -> Tensor:
+    q, k = apply_rotary(q * 2, k * 2, table, offset=offset, inplace=inplace)
+    return (q[:, :, :G] * k).square().sum()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiled_step_over_many_lengths_compiles_at_most_twice(inplace: bool) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for length in range(7, 39):
+        gradients = []
+        for function in (compiled, step):
+            q, k = (x.requires_grad_() for x in inputs(length=length))
+            freq = FREQ.clone().requires_grad_()
+            table = RotaryTable.from_frequencies(freq, length=128, t=1.0 + length)
+            gradients.append(backward(function(q, k, table, length - 7, inplace), (q, k, freq)))
+        for actual, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+    assert counter.frame_count <= 2
+
+
+def test_compiled_by_inductor() -> None:
+    torch._dynamo.reset()
+    gradients = []
+    for function in (torch.compile(step, fullgraph=True), step):
+        q, k = (x.requires_grad_() for x in inputs())
+        freq = FREQ.clone().requires_grad_()
+        gradients.append(backward(function(q, k, make_table(freq), 2, False), (q, k, freq)))
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_compiled_in_place_on_a_packed_input() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(packed, fullgraph=True)
+    buffer = torch.cat(inputs(), dim=2)
+    expected = buffer.clone()
+    packed(FREQ, expected)
+    with torch.no_grad():
+        q, _ = compiled(FREQ, buffer)
+    assert torch.equal(buffer, expected)
+    assert torch.equal(q, expected[:, :, :H])
+
+
+Q, K = inputs()
+ODD = torch.randn(B, L, H, 2 * D)[..., ::2]
+BAD: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
+    "q-list": (TypeError, "q: expected a tensor", lambda: apply_rotary([1.0], K, make_table())),
+    "q-integer": (TypeError, "q: .*got torch.int64", lambda: apply_rotary(Q.long(), None, make_table())),
+    "q-2d": (ValueError, r"q: expected shape \[B, L, H, D\], got \[3, 4\]", lambda: call(torch.zeros(3, 4))),
+    "q-strided": (ValueError, "q: expected unit stride in D", lambda: apply_rotary(ODD, K, make_table())),
+    "k-dtype": (TypeError, "k: expected q's torch.float32", lambda: apply_rotary(Q, K.double(), make_table())),
+    "k-device": (ValueError, "k: .*got torch.float32 on meta", lambda: apply_rotary(Q, K.to("meta"), make_table())),
+    "k-batch": (ValueError, r"k: expected shape \[B=2, L=9, G, D=24\]", lambda: apply_rotary(Q, K[:1], make_table())),
+    "table-type": (TypeError, "table: expected a RotaryTable", lambda: apply_rotary(Q, K, FREQ)),
+    "table-wide": (ValueError, "at most D=24, got 26", lambda: apply_rotary(Q, K, make_table(torch.ones(13).double()))),
+    "table-dtype": (TypeError, "table: expected dtype", lambda: apply_rotary(Q.double(), K.double(), make_table())),
+    "table-fp64": (TypeError, "table: expected dtype", lambda: apply_rotary(Q, K, make_table(dtype=torch.float64))),
+    "table-device": (ValueError, "table: expected it on", lambda: apply_rotary(Q.to("meta"), None, make_table())),
+    "no-index": (ValueError, r"needs an index \[B=2\]", lambda: apply_rotary(Q, K, make_stack())),
+    "index-shape": (ValueError, "index: expected", lambda: apply_rotary(Q, K, make_stack(index=torch.arange(3)))),
+    "offset-type": (TypeError, "offset: expected an int", lambda: call(Q, offset=1.5)),
+    "offset-negative": (ValueError, "offset: expected at least 0", lambda: call(Q, offset=-1)),
+    "offset-past": (ValueError, r"128 positions, got 120 \+ 9", lambda: call(Q, offset=120)),
+    "ids-type": (TypeError, "position_ids: expected an int64", lambda: call(Q, position_ids=torch.ones(1, L))),
+    "ids-shape": (ValueError, r"\[B=2 or 1, L=9\]", lambda: call(Q, position_ids=torch.arange(L))),
+    "ids-past": (ValueError, r"\[0, 128\), got 0 to 128", lambda: call(Q, position_ids=torch.arange(0, 144, 16)[None])),
+    "ids-negative": (ValueError, "got -1 to 7", lambda: call(Q, position_ids=torch.arange(L)[None] - 1)),
+    "out-in-place": (ValueError, "out: expected None", lambda: call(Q, out=(Q.clone(), None), inplace=True)),
+    "out-type": (TypeError, "out: expected", lambda: call(Q, out=Q.clone())),
+    "out-shape": (ValueError, r"out\[0\]: expected", lambda: call(Q, out=(K.clone(), None))),
+    "out-expanded": (ValueError, "share memory", lambda: call(Q, out=(Q[:, :, :1].expand_as(Q), None))),
+    "out-grad": (ValueError, "not differentiable", lambda: call(Q.clone().requires_grad_(), out=(Q.clone(), None))),
+    "in-place-expanded": (ValueError, "share memory", lambda: call(Q[:, :, :1].expand_as(Q), inplace=True)),
+    "in-place-same": (ValueError, "share no memory", lambda: apply_rotary(Q, Q, make_table(), inplace=True)),
+}
+
+
+def call(q: Tensor, **options: Any) -> Any:
+    return apply_rotary(q, None, make_table(), **options)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case: str) -> None:
+    error, message, function = BAD[case]
+    with pytest.raises(error, match=message):
+        function()

@@ -1,0 +1,232 @@
+"""RotaryTable and RotaryTableStack: pytrees, autograd, compile, selection of a factor, bad input."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils import _pytree as pytree
+
+from clex_kernels.tables import TILE, RotaryTable, RotaryTableStack
+
+
+def frequencies(pairs: int, base: float = 10000.0) -> Tensor:
+    return base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+
+
+def test_a_stack_holds_the_tables_of_its_frequencies():
+    freq = torch.stack((frequencies(8), frequencies(8, 300.0), frequencies(8, 77.0)))
+    t = torch.tensor([1.0, 2.0, 3.5], dtype=torch.float64)
+    positions = torch.rand(3, 9, dtype=torch.float64) * 1e4
+    even = RotaryTableStack.from_frequencies(freq, t, length=5000, amplitude=1.1)
+    sampled = RotaryTableStack.from_frequencies(freq, t, positions=positions)
+    shared = RotaryTableStack.from_frequencies(freq, t, positions=positions[:1])
+    assert (even.length, even.tile, even.rotary_dim) == (5056, TILE, 16)
+    assert torch.equal(shared.positions, positions[:1].expand(3, 9))
+    for i in range(3):
+        table = RotaryTable.from_frequencies(freq[i], length=5000, amplitude=1.1)
+        assert torch.equal(even.coarse[i], table.coarse)
+        assert torch.equal(even.fine[i], table.fine)
+        assert torch.equal(sampled.coarse[i], RotaryTable.from_frequencies(freq[i], positions=positions[i]).coarse)
+        assert torch.equal(shared.coarse[i], RotaryTable.from_frequencies(freq[i], positions=positions[0]).coarse)
+
+
+def make_stack(factors: int = 3, **kwargs) -> RotaryTableStack:
+    freq = frequencies(4).expand(factors, 4)
+    t = torch.arange(1, factors + 1, dtype=torch.float64)
+    return RotaryTableStack.from_frequencies(freq, t, length=64, **kwargs)
+
+
+def test_select_takes_the_factor_of_each_length():
+    stack = make_stack(train_length=100)
+    lengths = torch.tensor([0, 1, 100, 101, 200, 201, 300])
+    assert stack.select(lengths).index.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert stack.select(lengths.int()).index.dtype == torch.int64
+    assert stack.index is None
+
+
+def test_select_past_the_largest_factor_warns_and_stays_there():
+    with pytest.warns(UserWarning, match="keep the frequencies of t = 3"):
+        assert make_stack(train_length=100).select(torch.tensor([301, 10**6])).index.tolist() == [2, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_stack(train_length=100).select(torch.tensor([300]))
+
+
+def test_tables_carry_frequencies_with_their_gradient_and_nothing_else():
+    freq = frequencies(8).requires_grad_()
+    table = RotaryTable.from_frequencies(freq, length=100)
+    assert table.freq is freq
+    assert not table.coarse.requires_grad
+    assert not table.fine.requires_grad
+
+
+def test_tables_built_in_inference_mode_can_be_saved_by_autograd():
+    with torch.inference_mode():
+        table = RotaryTable.from_frequencies(frequencies(8), length=100)
+        stack = RotaryTableStack.from_frequencies(
+            frequencies(8)[None], torch.ones(1, dtype=torch.float64), positions=torch.ones(1, 3, dtype=torch.float64)
+        )
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    for leaf in pytree.tree_leaves((table, stack)):
+        if isinstance(leaf, Tensor):
+            (weight * leaf).sum().backward()
+    assert weight.grad.isfinite()
+
+
+def test_pytree_round_trip_keeps_every_field():
+    table = RotaryTable.from_frequencies(frequencies(4), length=70, amplitude=1.5, t=2.5)
+    sampled = RotaryTable.from_frequencies(frequencies(4), positions=torch.ones(3, dtype=torch.float64))
+    stack = make_stack(train_length=100, index=torch.tensor([2, 0]))
+    for item in (table, sampled, stack):
+        leaves, spec = pytree.tree_flatten({"x": item})
+        back = pytree.tree_unflatten(leaves, spec)["x"]
+        assert type(back) is type(item)
+        for name, value in vars(item).items():
+            assert getattr(back, name) is value
+    doubled = pytree.tree_map_only(Tensor, lambda x: 2 * x, table)
+    assert torch.equal(doubled.coarse, 2 * table.coarse)
+    assert doubled.t == 2.5
+
+
+def test_tables_can_be_copied():
+    table = copy.deepcopy(RotaryTable.from_frequencies(frequencies(4), length=70, t=2.0))
+    assert torch.equal(table.coarse, RotaryTable.from_frequencies(frequencies(4), length=70).coarse)
+    assert table.t == 2.0
+
+
+def test_check_positions_names_the_length():
+    table = RotaryTable.from_frequencies(frequencies(4), length=100)
+    table.check_positions(0, 127)
+    for first, last in ((0, 128), (-1, 5)):
+        with pytest.raises(ValueError, match=rf"positions: expected in \[0, 128\).*got {first} to {last}"):
+            table.check_positions(first, last)
+
+
+FREQ = frequencies(4)
+BAD_TABLES = {
+    "freq list": (TypeError, "freq: expected a tensor", {"freq": [1.0], "length": 4}),
+    "freq fp32": (TypeError, "freq: expected torch.float64.*got torch.float32", {"freq": FREQ.float(), "length": 4}),
+    "freq shape": (ValueError, r"freq: expected shape \[R\]", {"freq": FREQ[None], "length": 4}),
+    "freq empty": (ValueError, r"freq: expected shape \[R\]", {"freq": FREQ[:0], "length": 4}),
+    "neither": (ValueError, "length, positions: expected exactly one", {}),
+    "both": (ValueError, "length, positions: expected exactly one", {"length": 1, "positions": FREQ}),
+    "negative length": (ValueError, "length: expected >= 0, got -1", {"length": -1}),
+    "float length": (TypeError, "length: expected an int, got float", {"length": 4.0}),
+    "bool length": (TypeError, "length: expected an int, got bool", {"length": True}),
+    "positions list": (TypeError, "positions: expected a tensor", {"positions": [1.0]}),
+    "positions fp32": (TypeError, "positions: expected torch.float64.*got torch.float32", {"positions": FREQ.float()}),
+    "positions shape": (ValueError, r"positions: expected shape \[L\], got \[1, 4\]", {"positions": FREQ[None]}),
+    "positions device": (ValueError, "positions: expected on cpu", {"positions": FREQ.to("meta")}),
+    "positions nan": (ValueError, "positions: expected finite", {"positions": FREQ * math.nan}),
+    "positions inf": (ValueError, "positions: expected finite", {"positions": FREQ + math.inf}),
+    "amplitude zero": (ValueError, "amplitude: expected a finite number > 0", {"length": 4, "amplitude": 0.0}),
+    "amplitude nan": (ValueError, "amplitude: expected a finite number > 0", {"length": 4, "amplitude": math.nan}),
+    "dtype": (TypeError, "dtype: expected torch.float32 or", {"length": 4, "dtype": torch.bfloat16}),
+    "t": (ValueError, "t: expected a finite number >= 1, got 0.5", {"length": 4, "t": 0.5}),
+    "t nan": (ValueError, "t: expected a finite number >= 1", {"length": 4, "t": math.nan}),
+}
+
+
+@pytest.mark.parametrize(("error", "match", "kwargs"), BAD_TABLES.values(), ids=BAD_TABLES)
+def test_bad_table_input_is_named(error: type[Exception], match: str, kwargs: dict):
+    with pytest.raises(error, match=match):
+        RotaryTable.from_frequencies(**{"freq": FREQ, **kwargs})
+
+
+T2 = torch.tensor([1.0, 2.0], dtype=torch.float64)
+BAD_STACKS = {
+    "freq shape": (ValueError, r"freq: expected shape \[T, R\]", {"freq": FREQ}),
+    "t dtype": (TypeError, "t: expected a torch.float64 tensor, got torch.float32", {"t": T2.float()}),
+    "t float": (TypeError, "t: expected a torch.float64 tensor, got float", {"t": 1.0}),
+    "t shape": (ValueError, r"t: expected shape \[T\] = \[2\]", {"t": T2[:1]}),
+    "t below 1": (ValueError, "t: expected finite numbers >= 1", {"t": T2 - 0.5}),
+    "positions rows": (
+        ValueError,
+        r"positions: expected shape \[T, L\]",
+        {"length": None, "positions": FREQ.expand(3, 4)},
+    ),
+    "positions dim": (ValueError, r"positions: expected shape \[T, L\]", {"length": None, "positions": FREQ}),
+    "index dtype": (TypeError, "index: expected torch.int64", {"index": torch.tensor([0.0])}),
+    "index shape": (ValueError, r"index: expected shape \[B\]", {"index": torch.tensor(0)}),
+    "index range": (ValueError, r"index: expected in \[0, T\) = \[0, 2\), got 0 to 2", {"index": torch.tensor([0, 2])}),
+    "index negative": (ValueError, "index: expected in", {"index": torch.tensor([-1])}),
+    "train_length": (ValueError, "train_length: expected >= 1", {"train_length": 0}),
+}
+
+
+@pytest.mark.parametrize(("error", "match", "kwargs"), BAD_STACKS.values(), ids=BAD_STACKS)
+def test_bad_stack_input_is_named(error: type[Exception], match: str, kwargs: dict):
+    with pytest.raises(error, match=match):
+        RotaryTableStack.from_frequencies(**{"freq": FREQ.expand(2, 4), "t": T2, "length": 4, **kwargs})
+
+
+def test_bad_lengths_are_named():
+    with pytest.raises(ValueError, match="train_length: expected from"):
+        make_stack().select(torch.tensor([3]))
+    stack = make_stack(train_length=100)
+    with pytest.raises(TypeError, match="lengths: expected torch"):
+        stack.select(torch.tensor([3.0]))
+    with pytest.raises(ValueError, match=r"lengths: expected shape \[B\]"):
+        stack.select(torch.tensor([[3]]))
+    with pytest.raises(ValueError, match="lengths: expected >= 0, got -3"):
+        stack.select(torch.tensor([5, -3]))
+
+
+@pytest.mark.parametrize(
+    "positions", [None, torch.rand(2, 7, dtype=torch.float64), torch.rand(1, 7, dtype=torch.float64)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(positions: Tensor | None, dtype: torch.dtype):
+    freq = torch.stack((frequencies(6), frequencies(6, 500.0)))
+    torch.library.opcheck(torch.ops.clex.tables.default, (freq, 130, positions, 1.5, dtype))
+
+
+def compiled_graphs(step, inputs) -> int:
+    """How many graphs a compiled step needs for these inputs, its results checked against eager ones."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for args in inputs:
+        torch.testing.assert_close(compiled(*args), step(*args))
+    return counters["stats"]["unique_graphs"]
+
+
+def test_a_step_over_32_tables_compiles_at_most_twice():
+    def step(x: Tensor, table: RotaryTable) -> Tensor:
+        return x * table.coarse[-1, 0] * table.amplitude + table.fine[-1, 1] * table.t
+
+    x = torch.randn(4)
+    grown = [
+        (x, RotaryTable.from_frequencies(FREQ, length=128 + 64 * i, t=1 + i / 7, amplitude=1 + i / 9))
+        for i in range(32)
+    ]
+    sampled = [
+        (x, RotaryTable.from_frequencies(FREQ, positions=torch.rand(10 + i, dtype=torch.float64), t=1 + i / 7))
+        for i in range(32)
+    ]
+    assert compiled_graphs(step, grown) <= 2
+    assert compiled_graphs(step, sampled) <= 2
+
+
+def test_a_step_that_selects_from_32_stacks_compiles_at_most_twice():
+    def step(x: Tensor, stack: RotaryTableStack, lengths: Tensor) -> Tensor:
+        chosen = stack.select(lengths)
+        return x * chosen.coarse[chosen.index, -1, 0] + chosen.t[chosen.index, None]
+
+    freq, t = FREQ.expand(3, 4), torch.arange(1, 4, dtype=torch.float64)
+    lengths = torch.tensor([1, 150, 300])
+    stacks = (RotaryTableStack.from_frequencies(freq, t, length=128 + 64 * i, train_length=100) for i in range(32))
+    assert compiled_graphs(step, [(torch.randn(3, 4), stack, lengths) for stack in stacks]) <= 2
+
+
+def test_tables_can_be_built_inside_a_compiled_step():
+    def step(freq: Tensor, positions: Tensor, t: float) -> Tensor:
+        table = RotaryTable.from_frequencies(freq, positions=positions, t=t)
+        return table.coarse[:, 0] * freq + table.t
+
+    freq = FREQ.clone().requires_grad_()
+    assert compiled_graphs(step, [(freq, torch.rand(9 + i, dtype=torch.float64), 1 + i / 7) for i in range(8)]) <= 2
