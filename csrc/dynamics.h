@@ -129,6 +129,9 @@ CLEX_TEAM void dense_basis(double x, double* basis) {
 // s of a time, and t = 1 to exactly 0.
 CLEX_TEAM double stretched(double t) { return std::log(2.0 * t - 1.0); }
 
+// s that a trajectory must reach, with room for a logarithm elsewhere that rounds up.
+inline double trajectory_end(double last) { return std::log(2 * last - 1) + 1e-9; }
+
 constexpr int forward_doubles(int R, int M) { return (STAGES + DENSE_TERMS + 5) * R + 2 * M; }
 
 // The adaptive loop, or the replay of frozen nodes. `memory` holds forward_doubles(R, M).
@@ -159,7 +162,8 @@ CLEX_TEAM Outcome integrate(const Team& team, const Dynamics<W>& dynamics, const
   run_stages(team, dynamics, stages, 0, 1, 0, 0, u);
 
   Outcome outcome = Outcome::solved;
-  while (s < out.end || emitted < out.count) {
+  // a trajectory has a step even where its range is t = 1 alone.
+  while (s < out.end || emitted < out.count || (out.polynomials && steps == 0)) {
     if (steps == MAX_STEPS || attempts++ == MAX_ATTEMPTS) {
       outcome = Outcome::not_converged;
       break;

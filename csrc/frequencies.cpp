@@ -244,7 +244,7 @@ Solved trajectory_cpu(const FrequencySizes& sizes, const W* up, const W* down, d
                       double* polynomials) {
   int64_t evaluations;
   return solve(sizes, up, down,
-               {nullptr, 0, std::log(2 * last - 1), nullptr, nullptr, nodes, nullptr, polynomials, &evaluations});
+               {nullptr, 0, trajectory_end(last), nullptr, nullptr, nodes, nullptr, polynomials, &evaluations});
 }
 
 template <class W>

@@ -200,7 +200,7 @@ const char* solve_frequencies_cuda(const FrequencySizes& sizes, const W* up, con
 template <class W>
 const char* trajectory_cuda(const FrequencySizes& sizes, const W* up, const W* down, double last, double* nodes,
                             double* polynomials, int64_t* evaluations, double* memory, void* stream) {
-  const Solution out = {nullptr, 0, std::log(2 * last - 1), nullptr, nullptr, nodes, nullptr, polynomials,
+  const Solution out = {nullptr, 0, trajectory_end(last), nullptr, nullptr, nodes, nullptr, polynomials,
                         evaluations};
   return launch(solve_frequencies_kernel<W>, unpadded(sizes, up, down), out, false, memory, stream);
 }

@@ -184,6 +184,22 @@ def test_a_missing_barrier_is_seen(barrier, tmp_path):
 
 
 @needs_compiler
+def test_tables_match_the_cpu(tmp_path):
+    tables = ctypes.CDLL(str(compile_host("tables", tmp_path / "tables.so", *SHARED)))
+    generator = torch.Generator().manual_seed(0)
+    freq = torch.rand(3, 6, generator=generator, dtype=torch.float64)
+    # far past where the reduction in two words ends.
+    positions = torch.tensor([0, 0.25, 1e6, 1e13], dtype=torch.float64).expand(3, 4).contiguous()
+    for given, rows, spacing in ((positions, 4, 0.0), (None, 5, 64.0)):
+        coarse = torch.full((3, rows, 2, 6), math.nan, dtype=torch.float64)
+        sizes = (ctypes.c_int64(size) for size in (3, rows, 6))
+        scales = ctypes.c_double(spacing), ctypes.c_double(1.5)
+        tables.fill_table(pointer(freq), pointer(given), *sizes, *scales, pointer(coarse), 2, 16)
+        wanted = torch.ops.clex.tables(freq, 64 * rows, given, 1.5, torch.float64)[0]
+        torch.testing.assert_close(coarse, wanted, rtol=0, atol=2e-15)
+
+
+@needs_compiler
 @pytest.mark.parametrize("stem", STEMS)
 def test_thread_sanitizer_finds_no_race(stem, tmp_path):
     flags = "-g", "-fsanitize=thread", "-DCUDA_HOST_THREADS", "-pthread"

@@ -31,8 +31,8 @@ extern "C" bool solve_frequencies(int pairs, int hidden, int count, double log_r
                                   int64_t limit) {
   const clex::Dynamics<float> dynamics = {pairs,   pairs,   hidden,        up,           down,
                                           nullptr, nullptr, log_rope_base, log_ntk_base, silu != 0};
-  const clex::Solution out = {times, count,  std::log(2 * last - 1), nullptr,    freq,
-                              nodes, states, polynomials,            evaluations};
+  const double end = last > 1 ? clex::trajectory_end(last) : 0;
+  const clex::Solution out = {times, count, end, nullptr, freq, nodes, states, polynomials, evaluations};
   return run(clex::solve_frequencies_kernel<float>, dynamics, out, false, threads, limit);
 }
 
