@@ -4,7 +4,7 @@
 #include <cmath>
 #include <memory>
 
-#include "dynamics.h"
+#include "adjoint.h"
 #include "isa.h"
 
 namespace clex {
@@ -70,7 +70,8 @@ struct HostTeam {
 
   // f(n, sum_k x[k] w[n, k]), from the transposed copy.
   template <class F>
-  CLEX_TEAM void matvec_transposed(int K, int N, const double*, const double* w_t, const double* x, F f) const {
+  CLEX_TEAM void matvec_transposed(int K, int N, const double*, const double* w_t, const double* x,
+                                   F f) const {
     matvec(K, N, w_t, x, f);
   }
 
@@ -158,8 +159,8 @@ void copy_rows(const A* from, int rows, int columns, int from_columns, B* to, in
 void transpose(const double* from, int rows, int columns, double* to) {
   // by blocks that stay in the first-level cache; rows are a multiple of PADDING.
   for (int i = 0; i < rows; i += PADDING) {
-    for (int j = 0; j < columns; ++j) {
-      for (int p = 0; p < PADDING; ++p) to[static_cast<int64_t>(j) * rows + i + p] = from[(i + p) * columns + j];
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int p = 0; p < PADDING; ++p) to[j * rows + i + p] = from[(i + p) * columns + j];
     }
   }
 }
@@ -179,14 +180,15 @@ struct Packed {
     double* up_t = backward ? down + count : nullptr;
     double* down_t = backward ? up_t + count : nullptr;
     copy_rows(given_up, sizes.pairs, sizes.hidden, sizes.hidden, up, M);
-    std::fill_n(up + static_cast<int64_t>(sizes.pairs) * M, static_cast<int64_t>(R - sizes.pairs) * M, 0.0);
+    std::fill(up + static_cast<int64_t>(sizes.pairs) * M, up + count, 0.0);
     copy_rows(given_down, sizes.hidden, sizes.pairs, sizes.pairs, down, R);
-    std::fill_n(down + static_cast<int64_t>(sizes.hidden) * R, static_cast<int64_t>(M - sizes.hidden) * R, 0.0);
+    std::fill(down + static_cast<int64_t>(sizes.hidden) * R, down + count, 0.0);
     if (backward) {
       transpose(up, R, M, up_t);
       transpose(down, M, R, down_t);
     }
-    dynamics = {sizes.pairs, R, M, up, down, up_t, down_t, sizes.log_rope_base, sizes.log_ntk_base, sizes.silu};
+    dynamics = {sizes.pairs, R, M, up, down, up_t, down_t, sizes.log_rope_base, sizes.log_ntk_base,
+                sizes.silu};
   }
 };
 
@@ -243,14 +245,14 @@ template <class W>
 Solved trajectory_cpu(const FrequencySizes& sizes, const W* up, const W* down, double last, double* nodes,
                       double* polynomials) {
   int64_t evaluations;
-  return solve(sizes, up, down,
-               {nullptr, 0, trajectory_end(last), nullptr, nullptr, nodes, nullptr, polynomials, &evaluations});
+  return solve(sizes, up, down, {nullptr, 0, trajectory_end(last), nullptr, nullptr, nodes, nullptr,
+               polynomials, &evaluations});
 }
 
 template <class W>
 void solve_frequencies_bwd_cpu(const FrequencySizes& sizes, const W* up, const W* down, const double* times,
-                               const double* nodes, const double* states, const double* freq, const double* dfreq,
-                               W* dup, W* ddown) {
+                               const double* nodes, const double* states, const double* freq,
+                               const double* dfreq, W* dup, W* ddown) {
   const Packed packed(sizes, up, down, true);
   const int R = packed.dynamics.R, M = packed.dynamics.M;
   const int64_t weights = static_cast<int64_t>(R) * M;
@@ -264,13 +266,17 @@ void solve_frequencies_bwd_cpu(const FrequencySizes& sizes, const W* up, const W
   copy_rows(in.ddown, sizes.hidden, sizes.pairs, R, ddown, sizes.pairs);
 }
 
-#define CLEX_INSTANTIATE(W)                                                                                     \
-  template Solved solve_frequencies_cpu(const FrequencySizes&, const W*, const W*, const double*, const double*, \
-                                        double*, double*, double*, int64_t*);                                   \
-  template Solved trajectory_cpu(const FrequencySizes&, const W*, const W*, double, double*, double*);           \
-  template void solve_frequencies_bwd_cpu(const FrequencySizes&, const W*, const W*, const double*, const double*, \
-                                          const double*, const double*, const double*, W*, W*);
-CLEX_INSTANTIATE(float)
-CLEX_INSTANTIATE(double)
+template Solved solve_frequencies_cpu(const FrequencySizes&, const float*, const float*, const double*,
+                                      const double*, double*, double*, double*, int64_t*);
+template Solved solve_frequencies_cpu(const FrequencySizes&, const double*, const double*, const double*,
+                                      const double*, double*, double*, double*, int64_t*);
+template Solved trajectory_cpu(const FrequencySizes&, const float*, const float*, double, double*, double*);
+template Solved trajectory_cpu(const FrequencySizes&, const double*, const double*, double, double*, double*);
+template void solve_frequencies_bwd_cpu(const FrequencySizes&, const float*, const float*, const double*,
+                                        const double*, const double*, const double*, const double*, float*,
+                                        float*);
+template void solve_frequencies_bwd_cpu(const FrequencySizes&, const double*, const double*, const double*,
+                                        const double*, const double*, const double*, const double*, double*,
+                                        double*);
 
 }  // namespace clex

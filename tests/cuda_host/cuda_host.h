@@ -1,6 +1,6 @@
 // Runs CUDA C++ kernels on the host, one block after another. Each CUDA thread is a fiber that gives way at
-// __syncthreads, so a missing barrier shows as a wrong result; with CUDA_HOST_THREADS it is a std::thread, for
-// ThreadSanitizer to watch.
+// __syncthreads, so a missing barrier shows as a wrong result; with CUDA_HOST_THREADS it is a std::thread,
+// for ThreadSanitizer to watch.
 //
 // A kernel's shared memory is dynamic: `extern __shared__ double shared[];` finds an array of the driver.
 #pragma once
@@ -78,8 +78,8 @@ inline void enter() {
   fibers[threadIdx.x].done = true;
 }
 
-// every fiber runs up to its next barrier in turn; they must all end in the same round. The turns are shuffled: in a
-// fixed order a thread that lacks a barrier may happen to find all it reads already written.
+// every fiber runs up to its next barrier in turn; they must all end in the same round. The turns are
+// shuffled: in a fixed order a thread that lacks a barrier may happen to find all it reads already written.
 inline bool run_block(unsigned threads, const std::function<void()>& kernel) {
   body = &kernel;
   fibers = std::vector<Fiber>(threads);

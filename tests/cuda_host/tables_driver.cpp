@@ -4,8 +4,9 @@
 #include "cuda_host.h"
 #include "tables.cu"
 
-extern "C" bool fill_table(const double* freq, const double* positions, int64_t factors, int64_t rows, int64_t pairs,
-                           double spacing, double amplitude, double* out, int blocks, int threads) {
+extern "C" bool fill_table(const double* freq, const double* positions, int64_t factors, int64_t rows,
+                           int64_t pairs, double spacing, double amplitude, double* out, int blocks,
+                           int threads) {
   const clex::TableSpec spec = {freq, positions, factors, rows, pairs, rows, spacing, amplitude};
   return cuda_host::launch(blocks, threads, [&] { clex::fill_table_kernel<double>(spec, out); });
 }
