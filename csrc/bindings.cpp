@@ -25,6 +25,9 @@ namespace {
 
 // ---------------------------------------------------------------- frequencies
 
+// the dispatcher takes a microsecond to find that there is nothing to do.
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
 clex::FrequencySizes frequency_sizes(const Tensor& up, int64_t count, double log_rope_base, double log_ntk_base,
                                      const std::string& activation) {
   return {static_cast<int>(up.size(0)), static_cast<int>(up.size(1)), static_cast<int>(count), log_rope_base,
@@ -41,10 +44,10 @@ void check_solved(clex::Solved solved) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> solve_frequencies(Tensor up, Tensor down, Tensor times,
                                                              double log_rope_base, double log_ntk_base,
                                                              std::string activation, std::optional<Tensor> frozen) {
-  up = torch::stable::contiguous(up);
-  down = torch::stable::contiguous(down);
-  times = torch::stable::contiguous(times);
-  if (frozen) frozen = torch::stable::contiguous(*frozen);
+  up = dense(up);
+  down = dense(down);
+  times = dense(times);
+  if (frozen) frozen = dense(*frozen);
   const int64_t pairs = up.size(0), count = times.size(0), steps = clex::trajectory_steps();
   Tensor freq = torch::stable::new_empty(times, {count, pairs});
   Tensor nodes = torch::stable::new_empty(times, {steps + 1});
@@ -66,7 +69,7 @@ std::tuple<Tensor, Tensor> solve_frequencies_bwd(Tensor dfreq, Tensor freq, Tens
                                                  Tensor nodes, Tensor states, double log_ntk_base,
                                                  std::string activation) {
   for (Tensor* tensor : {&dfreq, &freq, &up, &down, &times, &nodes, &states}) {
-    *tensor = torch::stable::contiguous(*tensor);
+    *tensor = dense(*tensor);
   }
   Tensor dup = torch::stable::new_empty(up, {up.size(0), up.size(1)});
   Tensor ddown = torch::stable::new_empty(down, {down.size(0), down.size(1)});
@@ -83,8 +86,8 @@ std::tuple<Tensor, Tensor> solve_frequencies_bwd(Tensor dfreq, Tensor freq, Tens
 
 std::tuple<Tensor, Tensor> trajectory(Tensor up, Tensor down, double last, double log_rope_base, double log_ntk_base,
                                       std::string activation) {
-  up = torch::stable::contiguous(up);
-  down = torch::stable::contiguous(down);
+  up = dense(up);
+  down = dense(down);
   const int64_t pairs = up.size(0), steps = clex::trajectory_steps();
   Tensor nodes = torch::stable::new_empty(up, {steps + 1}, ScalarType::Double);
   Tensor polynomials = torch::stable::new_empty(up, {steps, clex::trajectory_terms(), pairs}, ScalarType::Double);
