@@ -71,8 +71,25 @@ def make_extension():
     return extension
 
 
+class BuildExtension(cpp_extension.BuildExtension):
+    """Gives x.cu an object file of its own beside x.cpp's."""
+
+    def build_extensions(self):
+        name_objects = self.compiler.object_filenames
+
+        def object_filenames(sources, *args, **kwargs):
+            names = name_objects(sources, *args, **kwargs)
+            return [
+                f"{Path(name).with_suffix('')}_cuda.o" if str(source).endswith(".cu") else name
+                for source, name in zip(sources, names, strict=True)
+            ]
+
+        self.compiler.object_filenames = object_filenames
+        super().build_extensions()
+
+
 setup(
     ext_modules=[make_extension()],
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -5,8 +5,8 @@ them as arguments. A table that came out of an operator inside a compiled graph 
 later results over op outputs it holds for dead, and so silently over the cache.
 
 Training takes frequencies from `solve_frequencies`, with gradients; evaluation reads them off one cached solution over
-all t (a trajectory), be it for one length, for all integer t or for one t per sequence, so that they are bit for bit the
-same for a sequence alone and in any batch. The two agree to fp64 rounding.
+all t (a trajectory), be it for one length, for all integer t or for one t per sequence, so that they are bit for bit
+the same for a sequence alone and in any batch. The two agree to fp64 rounding.
 
 Initialisation is the authors': up Kaiming-uniform, down zero. With down = 0 the ODE adds nothing and t is NTK-aware
 scaling exactly, a good place to start from. At that point only down has a gradient, since up acts through it; one

@@ -1,5 +1,6 @@
-// Coefficients of DOP853, the embedded Runge-Kutta pair 8(5,3) of Hairer, Norsett and Wanner, "Solving Ordinary
-// Differential Equations I", section II.10, with its dense output of order 7; values of their dop853.f.
+// Coefficients of DOP853, the embedded Runge-Kutta pair 8(5,3) of Hairer, Norsett and Wanner, "Solving
+// Ordinary Differential Equations I", section II.10, with its dense output of order 7; values of their
+// dop853.f.
 #pragma once
 
 namespace clex {

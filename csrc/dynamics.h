@@ -1,26 +1,27 @@
-// The frequency ODE of CLEX and its adaptive solution, one source for the host and for a CUDA block; no torch.
+// The frequency ODE of CLEX and its adaptive solution, one source for the host and for a CUDA block; no
+// torch.
 //
 // R rotary pairs, M hidden units, s = ln(2t - 1), u_i = z_i + (i / (R-1)) s where z_i = ln freq_i:
 //
-//     du/ds = (e^s / 2) act(v @ up) @ down,    v_i = u_i - i (ln n / R + 2 s / (R-1)),    u_i(0) = -(i / R) ln b
+//     du/ds = (e^s / 2) act(v @ up) @ down,  v_i = u_i - i (ln n / R + 2 s / (R-1)),  u_i(0) = -(i / R) ln b
 //
-// n is the NTK base, b the rotary base. The NTK part of dz/dt is an exact derivative and has left the equation, so only
-// the MLP is integrated. DOP853 takes the steps; each step is continued between its ends by
+// n is the NTK base, b the rotary base. The NTK part of dz/dt is an exact derivative and has left the
+// equation, so only the MLP is integrated. DOP853 takes the steps; each step is continued between its ends by
 //
-//     u(x) = u_0 + x (F_0 + (1-x) (F_1 + x (F_2 + (1-x) (F_3 + x (F_4 + (1-x) (F_5 + x F_6)))))),   0 <= x <= 1,
+//     u(x) = u_0 + x (F_0 + (1-x) (F_1 + x (F_2 + (1-x) (F_3 + x (F_4 + (1-x) (F_5 + x F_6)))))),
 //
-// F_k = dense_change[k] (u_1 - u_0) + h sum_l dense[k][l] k_l. The times asked are read from that alone, so the steps,
-// and with them the frequencies at a time, do not depend on which other times are asked.
+// F_k = dense_change[k] (u_1 - u_0) + h sum_l dense[k][l] k_l. The times asked are read from that alone, so
+// the steps, and with them the frequencies at a time, do not depend on which other times are asked.
 //
-// Backward is the adjoint of these operations, the step lengths held constant: with g_j the gradient to the input of
-// stage j and G_k that to F_k,
+// Backward is the adjoint of these operations, the step lengths held constant: with g_j the gradient to the
+// input of stage j and G_k that to F_k,
 //
 //     dk_j = h (sum_{l>j} stage[l][j] g_l + sum_k dense[k][j] G_k),    g_j = J_j^T dk_j,
 //
 // where g_12 also holds what arrives at the end of the step. Nothing is stored but u at the step boundaries.
 //
-// A Team runs the loops: one thread with vector instructions, or a CUDA block. Each of its functions returns with the
-// results visible to the whole team.
+// A Team runs the loops: one thread with vector instructions, or a CUDA block. Each of its functions returns
+// with the results visible to the whole team.
 #pragma once
 
 #include <cmath>
@@ -34,11 +35,12 @@ namespace clex {
 constexpr int MAX_STEPS = 128;
 constexpr int MAX_ATTEMPTS = 4 * MAX_STEPS;
 
-// The largest local error allowed in any u_i, that is, in the relative error of any frequency. Over the released
-// configurations and random weights (hidden factor 1 to 4, both activations, t to 64, down once and five times its size)
-// the global error came to 1.5 to 2 times this at most: 4e-11 keeps it below 8e-11. The maximum norm, since the promise
-// is made to every pair. A smaller safety factor costs steps, a larger one rejections (e^s grows along the way): 0.8
-// took the fewest evaluations. The first step is what weights of a trained size accept.
+// The largest local error allowed in any u_i, that is, in the relative error of any frequency. Over the
+// released configurations and random weights (hidden factor 1 to 4, both activations, t to 64, down once and
+// five times its size) the global error came to 1.5 to 2 times this at most: 4e-11 keeps it below 8e-11. The
+// maximum norm, since the promise is made to every pair. A smaller safety factor costs steps, a larger one
+// rejections (e^s grows along the way): 0.8 took the fewest evaluations. The first step is what weights of a
+// trained size accept.
 constexpr double TOLERANCE = 4e-11, SAFETY = 0.8, FIRST_STEP = 0.45, MIN_FACTOR = 1.0 / 3, MAX_FACTOR = 10;
 
 enum class Outcome { solved, not_finite, not_converged };
@@ -100,8 +102,8 @@ struct Stages {
 
 // Stages first..last-1 of the step of length h from (s, u).
 template <class Team, class W>
-CLEX_TEAM void run_stages(const Team& team, const Dynamics<W>& dynamics, const Stages& stages, int first, int last,
-                          double s, double h, const double* u) {
+CLEX_TEAM void run_stages(const Team& team, const Dynamics<W>& dynamics, const Stages& stages, int first,
+                          int last, double s, double h, const double* u) {
   const int R = dynamics.R, M = dynamics.M;
   for (int j = first; j < last; ++j) {
     const double at = s + tableau.nodes[j] * h;
@@ -129,94 +131,98 @@ CLEX_TEAM void dense_basis(double x, double* basis) {
 // s of a time, and t = 1 to exactly 0.
 CLEX_TEAM double stretched(double t) { return std::log(2.0 * t - 1.0); }
 
+// s that a trajectory must reach, with room for a logarithm elsewhere that rounds up.
+inline double trajectory_end(double last) { return std::log(2 * last - 1) + 1e-9; }
+
 constexpr int forward_doubles(int R, int M) { return (STAGES + DENSE_TERMS + 5) * R + 2 * M; }
 
-// The adaptive loop, or the replay of frozen nodes. `memory` holds forward_doubles(R, M).
+// The adaptive loop, or the replay of frozen nodes. All members but the arrays are the same in every thread.
 template <class Team, class W>
-CLEX_TEAM Outcome integrate(const Team& team, const Dynamics<W>& dynamics, const Solution& out, double* memory) {
-  const int R = dynamics.R, M = dynamics.M, pairs = dynamics.pairs;
-  const Stages stages = {memory, memory + STAGES * R, memory + (STAGES + 1) * R, memory + (STAGES + 1) * R + M, 0, 0};
-  double* u = stages.slope + M;
-  double* next = u + R;
-  double* local = next + R;   // the two error estimates, later the terms of the dense output
+struct Integrator {
+  const Team& team;
+  const Dynamics<W>& dynamics;
+  const Solution& out;
+  Stages stages;
+  double* u;      // at the start of the step
+  double* next;   // at its end
+  double* local;  // the two error estimates, later the terms of the dense output
   double s = 0, h = FIRST_STEP;
-  int steps = 0, emitted = 0, evaluations = 1, attempts = 0;
+  int steps = 0, emitted = 0, evaluations = 0;
   bool rejected = false;
 
-  const auto emit = [&](double at, double x, int terms) CLEX_LAMBDA {
+  CLEX_TEAM Integrator(const Team& team, const Dynamics<W>& dynamics, const Solution& out, double* memory)
+      : team(team), dynamics(dynamics), out(out) {
+    const int R = dynamics.R, M = dynamics.M;
+    stages.k = memory;
+    stages.v = stages.k + STAGES * R;
+    stages.hidden = stages.v + R;
+    stages.slope = stages.hidden + M;
+    stages.v_stride = stages.m_stride = 0;
+    u = stages.slope + M;
+    next = u + R;
+    local = next + R;
+  }
+
+  CLEX_TEAM void evaluate(int first, int last, double length) {
+    run_stages(team, dynamics, stages, first, last, s, length, u);
+    evaluations += last - first;
+  }
+
+  CLEX_TEAM bool time_within(double end) const {
+    return emitted < out.count && stretched(out.times[emitted]) <= end;
+  }
+
+  // The next time asked, x of the way through the step.
+  CLEX_TEAM void emit(double at, double x, int terms) {
     double basis[DENSE_TERMS];
     dense_basis(x, basis);
-    const double scale = at / (dynamics.pairs - 1);
-    double* row = out.freq + static_cast<int64_t>(emitted) * pairs;
-    team.matvec(terms, R, local, basis, [&](int i, double sum) CLEX_LAMBDA {
+    const int pairs = dynamics.pairs;
+    const double scale = at / (pairs - 1);
+    double* row = out.freq + static_cast<int64_t>(emitted++) * pairs;
+    team.matvec(terms, dynamics.R, local, basis, [&](int i, double sum) CLEX_LAMBDA {
       if (i < pairs) row[i] = fast_exp(u[i] + sum - i * scale);
     });
-  };
+  }
 
-  const double slope_at_one = dynamics.log_rope_base / pairs;
-  team.each(R, [&](int i) CLEX_LAMBDA { u[i] = -i * slope_at_one; });
-  for (; emitted < out.count && stretched(out.times[emitted]) <= 0; ++emitted) emit(0, 0, 0);
-  run_stages(team, dynamics, stages, 0, 1, 0, 0, u);
+  CLEX_TEAM void begin() {
+    const double step = dynamics.log_rope_base / dynamics.pairs;
+    team.each(dynamics.R, [&](int i) CLEX_LAMBDA { u[i] = -i * step; });
+    while (time_within(0)) emit(0, 0, 0);
+    evaluate(0, 1, 0);
+  }
 
-  Outcome outcome = Outcome::solved;
-  while (s < out.end || emitted < out.count) {
-    if (steps == MAX_STEPS || attempts++ == MAX_ATTEMPTS) {
-      outcome = Outcome::not_converged;
-      break;
-    }
-    const double target = out.frozen ? out.frozen[steps + 1] : s + h;
-    if (!(target > s && target < HUGE_VAL)) {
-      outcome = Outcome::not_converged;
-      break;
-    }
-    // the backward knows the difference of the nodes alone.
-    h = target - s;
-    run_stages(team, dynamics, stages, 1, PROPAGATED, s, h, u);
-    evaluations += PROPAGATED - 1;
-    team.matvec(PROPAGATED, R, stages.k, tableau.stage[PROPAGATED],
-                [&](int i, double sum) CLEX_LAMBDA { next[i] = u[i] + h * sum; });
+  CLEX_TEAM double error_norm() {
+    double* fifth = local;
+    double* third = local + dynamics.R;
+    team.matvec(PROPAGATED, dynamics.R, stages.k, tableau.error_5,
+                [&](int i, double sum) CLEX_LAMBDA { fifth[i] = std::fabs(h * sum); });
+    team.matvec(PROPAGATED, dynamics.R, stages.k, tableau.error_3,
+                [&](int i, double sum) CLEX_LAMBDA { third[i] = std::fabs(h * sum); });
+    const double e5 = team.max(dynamics.R, fifth), e3 = team.max(dynamics.R, third);
+    return e5 > 0 ? e5 * (e5 / std::sqrt(e5 * e5 + 0.01 * e3 * e3)) / TOLERANCE : e5 + e3;
+  }
 
-    double factor = 1;
-    if (!out.frozen) {
-      double* fifth = local;
-      double* third = local + R;
-      team.matvec(PROPAGATED, R, stages.k, tableau.error_5,
-                  [&](int i, double sum) CLEX_LAMBDA { fifth[i] = std::fabs(h * sum); });
-      team.matvec(PROPAGATED, R, stages.k, tableau.error_3,
-                  [&](int i, double sum) CLEX_LAMBDA { third[i] = std::fabs(h * sum); });
-      const double e5 = team.max(R, fifth), e3 = team.max(R, third);
-      const double norm = e5 > 0 ? e5 * (e5 / std::sqrt(e5 * e5 + 0.01 * e3 * e3)) / TOLERANCE : e5 + e3;
-      if (!(norm < HUGE_VAL)) {
-        outcome = Outcome::not_finite;
-        break;
-      }
-      factor = norm > 0 ? SAFETY * std::pow(norm, -0.125) : MAX_FACTOR;
-      factor = factor < MIN_FACTOR ? MIN_FACTOR : factor > MAX_FACTOR ? MAX_FACTOR : factor;
-      if (norm > 1) {
-        rejected = true;
-        h *= factor;
-        continue;
-      }
-      // no growth right after a rejection.
-      if (rejected && factor > 1) factor = 1;
-      rejected = false;
-    }
+  // From the end of an attempt: whether it stands, and by what the next one's length differs.
+  CLEX_TEAM bool accept(double norm, double& factor) {
+    factor = norm > 0 ? SAFETY * std::pow(norm, -0.125) : MAX_FACTOR;
+    factor = factor < MIN_FACTOR ? MIN_FACTOR : factor > MAX_FACTOR ? MAX_FACTOR : factor;
+    // no growth right after a rejection.
+    if (rejected && factor > 1) factor = 1;
+    rejected = norm > 1;
+    return !rejected;
+  }
 
-    const bool dense = out.polynomials || (emitted < out.count && stretched(out.times[emitted]) <= target);
-    run_stages(team, dynamics, stages, PROPAGATED, dense ? STAGES : PROPAGATED + 1, s, h, u);
-    evaluations += dense ? STAGES - PROPAGATED : 1;
-    if (dense) {
-      for (int k = 0; k < DENSE_TERMS; ++k) {
-        double* term = local + k * R;
-        const double change = tableau.dense_change[k];
-        team.matvec(STAGES, R, stages.k, tableau.dense[k],
-                    [&](int i, double sum) CLEX_LAMBDA { term[i] = change * (next[i] - u[i]) + h * sum; });
-      }
-      for (; emitted < out.count && stretched(out.times[emitted]) <= target; ++emitted) {
-        const double at = stretched(out.times[emitted]);
-        emit(at, (at - s) / h, DENSE_TERMS);
-      }
+  CLEX_TEAM void build_dense() {
+    for (int k = 0; k < DENSE_TERMS; ++k) {
+      double* term = local + k * dynamics.R;
+      const double change = tableau.dense_change[k];
+      team.matvec(STAGES, dynamics.R, stages.k, tableau.dense[k],
+                  [&](int i, double sum) CLEX_LAMBDA { term[i] = change * (next[i] - u[i]) + h * sum; });
     }
+  }
+
+  CLEX_TEAM void record() {
+    const int pairs = dynamics.pairs, R = dynamics.R;
     if (out.polynomials) {
       double* rows = out.polynomials + static_cast<int64_t>(steps) * (1 + DENSE_TERMS) * pairs;
       team.each(pairs, [&](int i) CLEX_LAMBDA {
@@ -228,123 +234,82 @@ CLEX_TEAM Outcome integrate(const Team& team, const Dynamics<W>& dynamics, const
       double* row = out.states + static_cast<int64_t>(steps) * pairs;
       team.each(pairs, [&](int i) CLEX_LAMBDA { row[i] = u[i]; });
     }
+    team.each(1, [&](int) CLEX_LAMBDA { out.nodes[steps] = s; });
+  }
+
+  // The step to `target` stands: reads the times off it and moves on.
+  CLEX_TEAM void advance(double target) {
+    const bool dense = out.polynomials || time_within(target);
+    evaluate(PROPAGATED, dense ? STAGES : PROPAGATED + 1, h);
+    if (dense) build_dense();
+    while (time_within(target)) {
+      const double at = stretched(out.times[emitted]);
+      emit(at, (at - s) / h, DENSE_TERMS);
+    }
+    record();
     double* first = stages.k;
-    const double* last = stages.k + PROPAGATED * R;
-    team.each(R, [&](int i) CLEX_LAMBDA {
+    const double* last = stages.k + PROPAGATED * dynamics.R;
+    team.each(dynamics.R, [&](int i) CLEX_LAMBDA {
       u[i] = next[i];
       first[i] = last[i];
     });
-    team.each(1, [&](int) CLEX_LAMBDA { out.nodes[steps] = s; });
     s = target;
-    h *= factor;
     ++steps;
   }
 
-  // a solution that does not exist is NaN where no error can be raised.
-  if (outcome != Outcome::solved) {
-    team.each((out.count - emitted) * pairs,
-              [&](int n) CLEX_LAMBDA { out.freq[static_cast<int64_t>(emitted) * pairs + n] = NAN; });
+  // A trajectory has a step even where its range is t = 1 alone.
+  CLEX_TEAM bool done() const {
+    return s >= out.end && emitted == out.count && !(out.polynomials && steps == 0);
   }
-  team.each(MAX_STEPS + 1 - steps, [&](int n) CLEX_LAMBDA { out.nodes[steps + n] = n ? HUGE_VAL : s; });
-  if (out.states) {
-    team.each((MAX_STEPS - steps) * pairs, [&](int n) CLEX_LAMBDA { out.states[steps * pairs + n] = 0; });
-  }
-  if (out.polynomials) {
-    const int row = (1 + DENSE_TERMS) * pairs;
-    team.each((MAX_STEPS - steps) * row, [&](int n) CLEX_LAMBDA { out.polynomials[steps * row + n] = 0; });
-  }
-  team.each(1, [&](int) CLEX_LAMBDA { out.evaluations[0] = evaluations; });
-  return outcome;
-}
 
-// What the backward is given and where its sums go; dup and ddown are zero on entry, padded like the weights.
-struct Adjoint {
-  const double* times;   // [count]
-  int count;
-  const double* nodes;   // [MAX_STEPS + 1]
-  const double* states;  // [MAX_STEPS, pairs]
-  const double* freq;    // [count, pairs]
-  const double* dfreq;   // [count, pairs]
-  double* dup;           // [R, M]
-  double* ddown;         // [M, R]
+  CLEX_TEAM Outcome loop() {
+    for (int attempts = 0; !done(); ++attempts) {
+      if (steps == MAX_STEPS || attempts == MAX_ATTEMPTS) return Outcome::not_converged;
+      const double target = out.frozen ? out.frozen[steps + 1] : s + h;
+      if (!(target > s && target < HUGE_VAL)) return Outcome::not_converged;
+      // the backward knows the difference of the nodes alone.
+      h = target - s;
+      evaluate(1, PROPAGATED, h);
+      team.matvec(PROPAGATED, dynamics.R, stages.k, tableau.stage[PROPAGATED],
+                  [&](int i, double sum) CLEX_LAMBDA { next[i] = u[i] + h * sum; });
+      double factor = 1;
+      bool accepted = true;
+      if (!out.frozen) {
+        const double norm = error_norm();
+        if (!(norm < HUGE_VAL)) return Outcome::not_finite;
+        accepted = accept(norm, factor);
+      }
+      if (accepted) advance(target);
+      h *= factor;
+    }
+    return Outcome::solved;
+  }
+
+  // Fills what the steps left; a solution that does not exist is NaN where no error can be raised.
+  CLEX_TEAM void finish() {
+    const int pairs = dynamics.pairs, row = (1 + DENSE_TERMS) * pairs;
+    const int64_t done = static_cast<int64_t>(emitted) * pairs;
+    team.each((out.count - emitted) * pairs, [&](int n) CLEX_LAMBDA { out.freq[done + n] = NAN; });
+    team.each(MAX_STEPS + 1 - steps, [&](int n) CLEX_LAMBDA { out.nodes[steps + n] = n ? HUGE_VAL : s; });
+    if (out.states) {
+      team.each((MAX_STEPS - steps) * pairs, [&](int n) CLEX_LAMBDA { out.states[steps * pairs + n] = 0; });
+    }
+    if (out.polynomials) {
+      team.each((MAX_STEPS - steps) * row, [&](int n) CLEX_LAMBDA { out.polynomials[steps * row + n] = 0; });
+    }
+    team.each(1, [&](int) CLEX_LAMBDA { out.evaluations[0] = evaluations; });
+  }
 };
 
-constexpr int backward_doubles(int R, int M) { return (4 * STAGES + DENSE_TERMS + 3) * R + 2 * STAGES * M; }
-
-// `memory` holds backward_doubles(R, M).
+// `memory` holds forward_doubles(R, M).
 template <class Team, class W>
-CLEX_TEAM void differentiate(const Team& team, const Dynamics<W>& dynamics, const Adjoint& in, double* memory) {
-  const int R = dynamics.R, M = dynamics.M, pairs = dynamics.pairs;
-  double* k = memory;
-  double* v = k + STAGES * R;
-  double* q = v + STAGES * R;
-  double* g = q + STAGES * R;          // gradients to the stages' inputs, then to the terms of the dense output
-  double* terms = g + STAGES * R;
-  double* u = terms + DENSE_TERMS * R;
-  double* arriving = u + R;            // gradient to u at the end of the step
-  double* leaving = arriving + R;      // gradient to u at its beginning
-  double* hidden = leaving + R;
-  double* slope = hidden + STAGES * M;
-  const Stages stages = {k, v, hidden, slope, R, M};
-
-  int steps = 0, remaining = in.count;
-  while (steps < MAX_STEPS && in.nodes[steps + 1] < HUGE_VAL) ++steps;
-  team.each(R, [&](int i) CLEX_LAMBDA { arriving[i] = 0; });
-
-  for (int n = steps - 1; n >= 0; --n) {
-    const double s = in.nodes[n], h = in.nodes[n + 1] - s;
-    const double* state = in.states + static_cast<int64_t>(n) * pairs;
-    team.each(R, [&](int i) CLEX_LAMBDA {
-      u[i] = i < pairs ? state[i] : 0;
-      leaving[i] = 0;
-      for (int term = 0; term < DENSE_TERMS; ++term) terms[term * R + i] = 0;
-    });
-    bool dense = false;
-    for (; remaining > 0 && stretched(in.times[remaining - 1]) > s; --remaining) {
-      const int64_t row = static_cast<int64_t>(remaining - 1) * pairs;
-      double basis[DENSE_TERMS];
-      dense_basis((stretched(in.times[remaining - 1]) - s) / h, basis);
-      team.each(pairs, [&](int i) CLEX_LAMBDA {
-        const double dz = in.dfreq[row + i] * in.freq[row + i];
-        leaving[i] += dz;
-        for (int term = 0; term < DENSE_TERMS; ++term) terms[term * R + i] += basis[term] * dz;
-      });
-      dense = true;
-    }
-    // through the change of state that the terms contain.
-    team.each(R, [&](int i) CLEX_LAMBDA {
-      double change = 0;
-      for (int term = 0; term < 3; ++term) change += tableau.dense_change[term] * terms[term * R + i];
-      arriving[i] += change;
-      leaving[i] -= change;
-      g[PROPAGATED * R + i] = arriving[i];
-      leaving[i] += arriving[i];
-    });
-
-    const int last = dense ? STAGES : PROPAGATED;
-    const int rows = dense ? STAGES + DENSE_TERMS : PROPAGATED + 1;
-    run_stages(team, dynamics, stages, 0, last, s, h, u);
-    for (int j = last - 1; j >= 0; --j) {
-      const double growth = 0.5 * h * fast_exp(s + tableau.nodes[j] * h);
-      double* q_j = q + j * R;
-      double* g_j = g + j * R;
-      double* slope_j = slope + j * M;
-      team.matvec(rows - (j + 1), R, g + (j + 1) * R, tableau.adjoint[j] + j + 1,
-                  [&](int i, double sum) CLEX_LAMBDA { q_j[i] = growth * sum; });
-      team.matvec_transposed(R, M, dynamics.down, dynamics.down_t, q_j,
-                             [&](int m, double sum) CLEX_LAMBDA { slope_j[m] *= sum; });
-      const bool end = j == PROPAGATED;
-      team.matvec_transposed(M, R, dynamics.up, dynamics.up_t, slope_j, [&](int i, double sum) CLEX_LAMBDA {
-        leaving[i] += sum;
-        g_j[i] = end ? arriving[i] + sum : sum;
-      });
-    }
-    team.add_outer(last, R, M, v, slope, in.dup);
-    team.add_outer(last, M, R, hidden, q, in.ddown);
-    double* swap = arriving;
-    arriving = leaving;
-    leaving = swap;
-  }
+CLEX_TEAM Outcome integrate(const Team& team, const Dynamics<W>& dynamics, const Solution& out,
+                            double* memory) {
+  Integrator<Team, W> integrator(team, dynamics, out, memory);
+  integrator.begin();
+  const Outcome outcome = integrator.loop();
+  integrator.finish();
+  return outcome;
 }
 
 }  // namespace clex

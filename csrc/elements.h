@@ -75,8 +75,9 @@ inline bool has_half_rows() {
 }
 
 #if defined(__x86_64__)
-#define CLEX_HALF_ROWS \
-  __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")))
+#define CLEX_HALF_ROWS      \
+  __attribute__((           \
+      target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")))
 
 CLEX_HALF_ROWS inline __m512 load16(const Bf16* x) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));

@@ -1,5 +1,5 @@
-// exp, tanh and sigmoid in fp64 to 2.5 ulp, without branches and so vectorisable; one source for the host and CUDA.
-// NaN passes through.
+// exp, tanh and sigmoid in fp64 to 2.5 ulp, without branches and so vectorisable; one source for the host and
+// CUDA. NaN passes through.
 #pragma once
 
 #include <cmath>

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <memory>
 
-#include "dynamics.h"
+#include "adjoint.h"
 #include "isa.h"
 
 namespace clex {
@@ -18,19 +18,14 @@ constexpr int PADDING = 8;
 template <int LANES>
 struct Vector {
   typedef double Wide __attribute__((vector_size(8 * LANES), aligned(8)));
-  typedef float Narrow __attribute__((vector_size(4 * LANES), aligned(4)));
 };
 
-// One thread with vectors.
+// One thread with vectors. Weights are in fp64: converting them on load takes longer than the bytes saved.
 template <int LANES>
 struct HostTeam {
   using Wide = typename Vector<LANES>::Wide;
-  using Narrow = typename Vector<LANES>::Narrow;
 
-  static CLEX_TEAM void load(const double* from, Wide& to) { to = *reinterpret_cast<const Wide*>(from); }
-  static CLEX_TEAM void load(const float* from, Wide& to) {
-    to = __builtin_convertvector(*reinterpret_cast<const Narrow*>(from), Wide);
-  }
+  static CLEX_TEAM const Wide& load(const double* from) { return *reinterpret_cast<const Wide*>(from); }
   static CLEX_TEAM void store(const Wide& from, double* to) { *reinterpret_cast<Wide*>(to) = from; }
 
   template <class F>
@@ -51,17 +46,13 @@ struct HostTeam {
   }
 
   // f(n, sum_k x[k] w[k, n]) for a block of columns whose sums stay in registers: nothing is reduced.
-  template <int VECTORS, class W, class F>
-  CLEX_TEAM void columns(int K, int N, int n, const W* w, const double* x, F f) const {
+  template <int VECTORS, class F>
+  CLEX_TEAM void columns(int K, int N, int n, const double* w, const double* x, F f) const {
     Wide sums[VECTORS] = {};
     for (int k = 0; k < K; ++k) {
-      const W* row = w + static_cast<int64_t>(k) * N + n;
+      const double* row = w + static_cast<int64_t>(k) * N + n;
 #pragma GCC unroll 8
-      for (int b = 0; b < VECTORS; ++b) {
-        Wide value;
-        load(row + b * LANES, value);
-        sums[b] += x[k] * value;
-      }
+      for (int b = 0; b < VECTORS; ++b) sums[b] += x[k] * load(row + b * LANES);
     }
     alignas(64) double stored[VECTORS * LANES];
 #pragma GCC unroll 8
@@ -70,16 +61,17 @@ struct HostTeam {
     for (int b = 0; b < VECTORS * LANES; ++b) f(n + b, stored[b]);
   }
 
-  template <class W, class F>
-  CLEX_TEAM void matvec(int K, int N, const W* w, const double* x, F f) const {
+  template <class F>
+  CLEX_TEAM void matvec(int K, int N, const double* w, const double* x, F f) const {
     int n = 0;
     for (; n + 8 * LANES <= N; n += 8 * LANES) columns<8>(K, N, n, w, x, f);
     for (; n < N; n += LANES) columns<1>(K, N, n, w, x, f);
   }
 
   // f(n, sum_k x[k] w[n, k]), from the transposed copy.
-  template <class W, class F>
-  CLEX_TEAM void matvec_transposed(int K, int N, const W*, const W* w_t, const double* x, F f) const {
+  template <class F>
+  CLEX_TEAM void matvec_transposed(int K, int N, const double*, const double* w_t, const double* x,
+                                   F f) const {
     matvec(K, N, w_t, x, f);
   }
 
@@ -90,10 +82,9 @@ struct HostTeam {
       for (int j = 0; j < columns; j += LANES) {
         Wide sums[TALL];
 #pragma GCC unroll 8
-        for (int p = 0; p < TALL; ++p) load(c + (i + p) * columns + j, sums[p]);
+        for (int p = 0; p < TALL; ++p) sums[p] = load(c + (i + p) * columns + j);
         for (int e = 0; e < E; ++e) {
-          Wide value;
-          load(b + e * columns + j, value);
+          const Wide& value = load(b + e * columns + j);
 #pragma GCC unroll 8
           for (int p = 0; p < TALL; ++p) sums[p] += a[e * rows + i + p] * value;
         }
@@ -104,9 +95,8 @@ struct HostTeam {
   }
 };
 
-template <class W>
 struct Forward {
-  const Dynamics<W>& dynamics;
+  const Dynamics<double>& dynamics;
   const Solution& out;
   double* memory;
   Outcome outcome;
@@ -117,9 +107,8 @@ struct Forward {
   }
 };
 
-template <class W>
 struct Backward {
-  const Dynamics<W>& dynamics;
+  const Dynamics<double>& dynamics;
   const Adjoint& in;
   double* memory;
 
@@ -158,51 +147,48 @@ std::unique_ptr<T[]> uninitialised(int64_t n) {
   return std::unique_ptr<T[]>(new T[n]);
 }
 
-// [rows, columns] to [to_rows, to_columns], zero outside.
+// [rows, columns] to rows of `to_columns`, zero past the columns.
 template <class A, class B>
-void copy_padded(const A* from, int rows, int columns, int from_stride, B* to, int to_rows, int to_columns) {
-  for (int i = 0; i < to_rows; ++i) {
-    for (int j = 0; j < to_columns; ++j) {
-      to[static_cast<int64_t>(i) * to_columns + j] =
-          i < rows && j < columns ? static_cast<B>(from[static_cast<int64_t>(i) * from_stride + j]) : B(0);
-    }
+void copy_rows(const A* from, int rows, int columns, int from_columns, B* to, int to_columns) {
+  for (int i = 0; i < rows; ++i, from += from_columns, to += to_columns) {
+    std::copy_n(from, columns, to);
+    std::fill_n(to + columns, to_columns - columns, B(0));
   }
 }
 
-template <class W>
-std::unique_ptr<W[]> transposed(const W* from, int rows, int columns) {
-  auto to = uninitialised<W>(static_cast<int64_t>(rows) * columns);
-  // by blocks that stay in the first-level cache; rows and columns are multiples of PADDING.
+void transpose(const double* from, int rows, int columns, double* to) {
+  // by blocks that stay in the first-level cache; rows are a multiple of PADDING.
   for (int i = 0; i < rows; i += PADDING) {
-    for (int j = 0; j < columns; ++j) {
-      for (int p = 0; p < PADDING; ++p) to[static_cast<int64_t>(j) * rows + i + p] = from[(i + p) * columns + j];
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int p = 0; p < PADDING; ++p) to[j * rows + i + p] = from[(i + p) * columns + j];
     }
   }
-  return to;
 }
 
-// Weights as dynamics.h wants them on the host; copied only where their sizes ask for padding.
-template <class W>
+// Weights as dynamics.h wants them on the host: padded, in fp64, and transposed as well for the backward.
 struct Packed {
-  Dynamics<W> dynamics;
-  std::unique_ptr<W[]> up, down, up_t, down_t;
+  Dynamics<double> dynamics;
+  std::unique_ptr<double[]> storage;
 
+  template <class W>
   Packed(const FrequencySizes& sizes, const W* given_up, const W* given_down, bool backward) {
     const int R = padded(sizes.pairs), M = padded(sizes.hidden);
-    if (R != sizes.pairs || M != sizes.hidden) {
-      up = uninitialised<W>(static_cast<int64_t>(R) * M);
-      down = uninitialised<W>(static_cast<int64_t>(R) * M);
-      copy_padded(given_up, sizes.pairs, sizes.hidden, sizes.hidden, up.get(), R, M);
-      copy_padded(given_down, sizes.hidden, sizes.pairs, sizes.pairs, down.get(), M, R);
-      given_up = up.get();
-      given_down = down.get();
-    }
+    const int64_t count = static_cast<int64_t>(R) * M;
+    storage = uninitialised<double>(backward ? 4 * count : 2 * count);
+    double* up = storage.get();
+    double* down = up + count;
+    double* up_t = backward ? down + count : nullptr;
+    double* down_t = backward ? up_t + count : nullptr;
+    copy_rows(given_up, sizes.pairs, sizes.hidden, sizes.hidden, up, M);
+    std::fill(up + static_cast<int64_t>(sizes.pairs) * M, up + count, 0.0);
+    copy_rows(given_down, sizes.hidden, sizes.pairs, sizes.pairs, down, R);
+    std::fill(down + static_cast<int64_t>(sizes.hidden) * R, down + count, 0.0);
     if (backward) {
-      up_t = transposed(given_up, R, M);
-      down_t = transposed(given_down, M, R);
+      transpose(up, R, M, up_t);
+      transpose(down, M, R, down_t);
     }
-    dynamics = {sizes.pairs, R, M, given_up, given_down, up_t.get(), down_t.get(), sizes.log_rope_base,
-                sizes.log_ntk_base, sizes.silu};
+    dynamics = {sizes.pairs, R, M, up, down, up_t, down_t, sizes.log_rope_base, sizes.log_ntk_base,
+                sizes.silu};
   }
 };
 
@@ -235,9 +221,9 @@ Solved solve(const FrequencySizes& sizes, const W* up, const W* down, const Solu
   const int64_t weights = static_cast<int64_t>(sizes.pairs) * sizes.hidden;
   if (!all_finite(up, weights) || !all_finite(down, weights)) return Solved::bad_weights;
   if (!valid_times(out.times, out.count)) return Solved::bad_times;
-  const Packed<W> packed(sizes, up, down, false);
+  const Packed packed(sizes, up, down, false);
   const auto memory = uninitialised<double>(forward_doubles(packed.dynamics.R, packed.dynamics.M));
-  Forward<W> forward{packed.dynamics, out, memory.get(), Outcome::solved};
+  Forward forward{packed.dynamics, out, memory.get(), Outcome::solved};
   run(forward);
   return forward.outcome == Outcome::solved ? Solved::yes : Solved::not_converged;
 }
@@ -259,34 +245,38 @@ template <class W>
 Solved trajectory_cpu(const FrequencySizes& sizes, const W* up, const W* down, double last, double* nodes,
                       double* polynomials) {
   int64_t evaluations;
-  return solve(sizes, up, down,
-               {nullptr, 0, std::log(2 * last - 1), nullptr, nullptr, nodes, nullptr, polynomials, &evaluations});
+  return solve(sizes, up, down, {nullptr, 0, trajectory_end(last), nullptr, nullptr, nodes, nullptr,
+               polynomials, &evaluations});
 }
 
 template <class W>
 void solve_frequencies_bwd_cpu(const FrequencySizes& sizes, const W* up, const W* down, const double* times,
-                               const double* nodes, const double* states, const double* freq, const double* dfreq,
-                               W* dup, W* ddown) {
-  const Packed<W> packed(sizes, up, down, true);
+                               const double* nodes, const double* states, const double* freq,
+                               const double* dfreq, W* dup, W* ddown) {
+  const Packed packed(sizes, up, down, true);
   const int R = packed.dynamics.R, M = packed.dynamics.M;
   const int64_t weights = static_cast<int64_t>(R) * M;
   const auto sums = uninitialised<double>(2 * weights);
   std::fill_n(sums.get(), 2 * weights, 0.0);
   const auto memory = uninitialised<double>(backward_doubles(R, M));
   const Adjoint in = {times, sizes.count, nodes, states, freq, dfreq, sums.get(), sums.get() + weights};
-  Backward<W> backward{packed.dynamics, in, memory.get()};
+  Backward backward{packed.dynamics, in, memory.get()};
   run(backward);
-  copy_padded(in.dup, sizes.pairs, sizes.hidden, M, dup, sizes.pairs, sizes.hidden);
-  copy_padded(in.ddown, sizes.hidden, sizes.pairs, R, ddown, sizes.hidden, sizes.pairs);
+  copy_rows(in.dup, sizes.pairs, sizes.hidden, M, dup, sizes.hidden);
+  copy_rows(in.ddown, sizes.hidden, sizes.pairs, R, ddown, sizes.pairs);
 }
 
-#define CLEX_INSTANTIATE(W)                                                                                     \
-  template Solved solve_frequencies_cpu(const FrequencySizes&, const W*, const W*, const double*, const double*, \
-                                        double*, double*, double*, int64_t*);                                   \
-  template Solved trajectory_cpu(const FrequencySizes&, const W*, const W*, double, double*, double*);           \
-  template void solve_frequencies_bwd_cpu(const FrequencySizes&, const W*, const W*, const double*, const double*, \
-                                          const double*, const double*, const double*, W*, W*);
-CLEX_INSTANTIATE(float)
-CLEX_INSTANTIATE(double)
+template Solved solve_frequencies_cpu(const FrequencySizes&, const float*, const float*, const double*,
+                                      const double*, double*, double*, double*, int64_t*);
+template Solved solve_frequencies_cpu(const FrequencySizes&, const double*, const double*, const double*,
+                                      const double*, double*, double*, double*, int64_t*);
+template Solved trajectory_cpu(const FrequencySizes&, const float*, const float*, double, double*, double*);
+template Solved trajectory_cpu(const FrequencySizes&, const double*, const double*, double, double*, double*);
+template void solve_frequencies_bwd_cpu(const FrequencySizes&, const float*, const float*, const double*,
+                                        const double*, const double*, const double*, const double*, float*,
+                                        float*);
+template void solve_frequencies_bwd_cpu(const FrequencySizes&, const double*, const double*, const double*,
+                                        const double*, const double*, const double*, const double*, double*,
+                                        double*);
 
 }  // namespace clex

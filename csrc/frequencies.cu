@@ -1,8 +1,8 @@
-// Frequencies on CUDA: one block runs dynamics.h. Its working memory, then the weights as stored, lie in shared memory
-// where they fit, else in global memory.
+// Frequencies on CUDA: one block runs dynamics.h. Its working memory, then the weights as stored, lie in
+// shared memory where they fit, else in global memory.
 #include <cstdint>
 
-#include "dynamics.h"
+#include "adjoint.h"
 #include "frequencies.h"
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -65,8 +65,9 @@ struct BlockTeam {
     return largest + poison;
   }
 
-  // f(n, sum_k x[k] weight(k, n)), the sum shared by as many threads as there are for each n. Skewed, neighbouring
-  // threads start at neighbouring k: where k is the column of a row-major matrix they would all ask one bank.
+  // f(n, sum_k x[k] weight(k, n)), the sum shared by as many threads as there are for each n. Skewed,
+  // neighbouring threads start at neighbouring k: where k is the column of a row-major matrix they would all
+  // ask one bank.
   template <bool SKEWED, class Weight, class F>
   CLEX_TEAM void reduce(int K, int N, const double* x, Weight weight, F f) const {
     const int threads = blockDim.x, shares = N < threads ? threads / N : 1;
@@ -118,7 +119,8 @@ struct BlockTeam {
 
 // Points the weights to their copies in shared memory, if they have a place there.
 template <class W>
-CLEX_TEAM void load_weights(const BlockTeam& team, const SharedPlan& plan, double* place, Dynamics<W>& dynamics) {
+CLEX_TEAM void load_weights(const BlockTeam& team, const SharedPlan& plan, double* place,
+                            Dynamics<W>& dynamics) {
   if (!plan.weights_on_chip) return;
   const int count = dynamics.R * dynamics.M;
   W* up = reinterpret_cast<W*>(place);
@@ -190,41 +192,47 @@ const char* launch(void (*kernel)(Dynamics<W>, Task, SharedPlan, double*), const
 int64_t memory_doubles(const FrequencySizes& sizes) { return backward_doubles(sizes.pairs, sizes.hidden); }
 
 template <class W>
-const char* solve_frequencies_cuda(const FrequencySizes& sizes, const W* up, const W* down, const double* times,
-                                   const double* frozen, double* freq, double* nodes, double* states,
-                                   int64_t* evaluations, double* memory, void* stream) {
+const char* solve_frequencies_cuda(const FrequencySizes& sizes, const W* up, const W* down,
+                                   const double* times, const double* frozen, double* freq, double* nodes,
+                                   double* states, int64_t* evaluations, double* memory, void* stream) {
   const Solution out = {times, sizes.count, 0, frozen, freq, nodes, states, nullptr, evaluations};
   return launch(solve_frequencies_kernel<W>, unpadded(sizes, up, down), out, false, memory, stream);
 }
 
 template <class W>
-const char* trajectory_cuda(const FrequencySizes& sizes, const W* up, const W* down, double last, double* nodes,
-                            double* polynomials, int64_t* evaluations, double* memory, void* stream) {
-  const Solution out = {nullptr, 0, std::log(2 * last - 1), nullptr, nullptr, nodes, nullptr, polynomials,
+const char* trajectory_cuda(const FrequencySizes& sizes, const W* up, const W* down, double last,
+                            double* nodes, double* polynomials, int64_t* evaluations, double* memory,
+                            void* stream) {
+  const Solution out = {nullptr, 0, trajectory_end(last), nullptr, nullptr, nodes, nullptr, polynomials,
                         evaluations};
   return launch(solve_frequencies_kernel<W>, unpadded(sizes, up, down), out, false, memory, stream);
 }
 
 template <class W>
-const char* solve_frequencies_bwd_cuda(const FrequencySizes& sizes, const W* up, const W* down, const double* times,
-                                       const double* nodes, const double* states, const double* freq,
-                                       const double* dfreq, double* dup, double* ddown, double* memory,
-                                       void* stream) {
+const char* solve_frequencies_bwd_cuda(const FrequencySizes& sizes, const W* up, const W* down,
+                                       const double* times, const double* nodes, const double* states,
+                                       const double* freq, const double* dfreq, double* dup, double* ddown,
+                                       double* memory, void* stream) {
   const Adjoint in = {times, sizes.count, nodes, states, freq, dfreq, dup, ddown};
   return launch(solve_frequencies_bwd_kernel<W>, unpadded(sizes, up, down), in, true, memory, stream);
 }
 
-#define CLEX_INSTANTIATE(W)                                                                                        \
-  template const char* solve_frequencies_cuda(const FrequencySizes&, const W*, const W*, const double*,            \
-                                              const double*, double*, double*, double*, int64_t*, double*, void*); \
-  template const char* trajectory_cuda(const FrequencySizes&, const W*, const W*, double, double*, double*,        \
-                                       int64_t*, double*, void*);                                                  \
-  template const char* solve_frequencies_bwd_cuda(const FrequencySizes&, const W*, const W*, const double*,        \
-                                                  const double*, const double*, const double*, const double*,      \
-                                                  double*, double*, double*, void*);
-CLEX_INSTANTIATE(float)
-CLEX_INSTANTIATE(double)
-#undef CLEX_INSTANTIATE
+template const char* solve_frequencies_cuda(const FrequencySizes&, const float*, const float*, const double*,
+                                            const double*, double*, double*, double*, int64_t*, double*,
+                                            void*);
+template const char* trajectory_cuda(const FrequencySizes&, const float*, const float*, double, double*,
+                                     double*, int64_t*, double*, void*);
+template const char* solve_frequencies_bwd_cuda(const FrequencySizes&, const float*, const float*,
+                                                const double*, const double*, const double*, const double*,
+                                                const double*, double*, double*, double*, void*);
+template const char* solve_frequencies_cuda(const FrequencySizes&, const double*, const double*,
+                                            const double*, const double*, double*, double*, double*, int64_t*,
+                                            double*, void*);
+template const char* trajectory_cuda(const FrequencySizes&, const double*, const double*, double, double*,
+                                     double*, int64_t*, double*, void*);
+template const char* solve_frequencies_bwd_cuda(const FrequencySizes&, const double*, const double*,
+                                                const double*, const double*, const double*, const double*,
+                                                const double*, double*, double*, double*, void*);
 #endif
 
 }  // namespace clex

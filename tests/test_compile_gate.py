@@ -1,9 +1,12 @@
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
 import compile_gate  # noqa: E402
 from compile_gate import CASES, TARGETS, TRITON, find_nvdisasm, gate, innermost_loops, problems  # noqa: E402
+
+from clex_kernels.kernels import rotary  # noqa: E402
 
 SASS = """
         /*0000*/                   LDL R1, [R2] ;
@@ -42,3 +45,14 @@ def test_innermost_loops_are_found_with_their_accesses() -> None:
     loop = compile_gate.count_loop(["LDG.E.128 R4", "LDG.E R5", "STL [R1]", "STG.E.64 R6"], threads=128, elements=256)
     assert (loop.spills, loop.reads, loop.writes) == (1, {"128": 1, "32": 1}, {"64": 1})
     assert (loop.bytes_read, loop.bytes_written) == (10, 4)
+
+
+def test_another_length_or_offset_compiles_nothing_new() -> None:
+    q, k = (torch.empty(2, 512, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
+    fine = torch.empty(1, 64, 2, 64, device="meta")
+    with compile_gate.compiling("sm_90") as compiled:
+        for length in (1, 7, 16, rotary.SHORT_LENGTH, 65, 96, 511):
+            coarse = torch.empty(1, length, 2, 64, device="meta")
+            x, y = q[:, :length], k[:, :length]
+            rotary.launch_rotary(x, y, x, y, coarse, fine, None, None, length - 1, False)
+    assert len({kernel.hash for kernel, _ in compiled}) == len(rotary.TOKENS["rotary"])

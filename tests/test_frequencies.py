@@ -264,8 +264,10 @@ def test_a_trajectory_is_read_at_any_times_in_any_order():
     assert torch.equal(together[17], evaluate(nodes, polynomials, times[17:18])[0])
 
 
-def test_a_trajectory_is_nan_outside_its_range():
+def test_a_trajectory_serves_its_range_and_is_nan_outside():
     up, down = random_weights(4, 8)
+    alone = evaluate(*trajectory(up, down, settings(4, 8, max_factor=1)), torch.ones(1, dtype=torch.float64))
+    assert alone.isfinite().all()
     nodes, polynomials = trajectory(up, down, settings(4, 8, max_factor=2))
     freq = evaluate(nodes, polynomials, torch.tensor([0.9, 1, 2, 1e6, math.nan], dtype=torch.float64))
     assert freq.isnan().all(1).tolist() == [True, False, False, True, True]

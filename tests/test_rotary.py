@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tolerance import assert_within_rule
 from torch import Tensor
 
 from clex_kernels import _C, reference
 from clex_kernels.rotary import apply_rotary
 from clex_kernels.tables import RotaryTable, RotaryTableStack
-from tests.tolerance import assert_within_rule
 
 
 class Shape(NamedTuple):

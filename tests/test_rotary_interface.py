@@ -207,6 +207,28 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(operator, tuple(None if i in absent else x for i, x in enumerate(arguments)))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_rotary_kernel launches these for real")
+def test_operators_for_cuda_agree_with_those_for_the_cpu() -> None:
+    pytest.importorskip("triton")
+    from interpreter import interpreted
+
+    from clex_kernels import rotary
+
+    arguments = opcheck_arguments()
+    with interpreted(), torch.no_grad():
+        for name in ("rotary", "rotary_bwd"):
+            for absent in ((), (1, 3)) if name == "rotary_bwd" else ((), (1,)):
+                given = [None if i in absent else x for i, x in enumerate(arguments[name])]
+                expected = getattr(torch.ops.clex, name)(*given)
+                actual = getattr(rotary, f"_{name}_cuda")(*given)
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        q, k = inputs()
+        expected = q.clone(), k.clone()
+        rotary._rotary_in_place_cuda(q, k, *arguments["rotary_"][2:])
+        torch.ops.clex.rotary_(*expected, *arguments["rotary_"][2:])
+        torch.testing.assert_close((q, k), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_meta_and_fake_tensors() -> None:
     with FakeTensorMode():
         q, k = torch.empty(B, L, H, D, dtype=torch.bfloat16), torch.empty(B, L, G, D, dtype=torch.bfloat16)

@@ -153,14 +153,17 @@ def test_strides_of_single_elements_are_ignored(device: torch.device) -> None:
     assert_rotated(q_out, rotated(q, freq[0], torch.tensor([5], device=device)))
 
 
-def test_offsets_past_two_to_the_31_are_reached(device: torch.device) -> None:
-    # on the CPU the pages between the two sequences are never touched, hence never there.
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["sequences", "tokens", "heads"])
+def test_offsets_past_two_to_the_31_are_reached(dim: int, device: torch.device) -> None:
+    # every stride fits 32 bits, the third offset does not; on the CPU pages in between are never touched, hence free.
     memory = torch.empty(2**31 + 16, dtype=torch.bfloat16, device=device)
-    q = memory.as_strided((2, 1, 1, 16), (2**31, 16, 16, 1))
-    given, _, freq = make_inputs(Shape(2, 1, 1, 1, 16, 8), torch.bfloat16, device)
+    sizes, strides = [1, 1, 1, 16], [16, 16, 16, 1]
+    sizes[dim], strides[dim] = 3, 2**30
+    q = memory.as_strided(sizes, strides)
+    given, _, freq = make_inputs(Shape(*sizes[:3], 1, 16, 8), torch.bfloat16, device)
     q.copy_(given)
     launch_rotary(q, None, q, None, *make_tables(freq, 64, torch.bfloat16), None, None, 9, False)
-    assert_rotated(q, rotated(given, freq[0], torch.tensor([9], device=device)))
+    assert_rotated(q, rotated(given, freq[0], torch.arange(sizes[1], device=device) + 9))
 
 
 def test_without_keys_only_queries_are_rotated(device: torch.device) -> None:

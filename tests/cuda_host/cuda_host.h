@@ -1,13 +1,15 @@
 // Runs CUDA C++ kernels on the host, one block after another. Each CUDA thread is a fiber that gives way at
-// __syncthreads, so a missing barrier shows as a wrong result; with CUDA_HOST_THREADS it is a std::thread, for
-// ThreadSanitizer to watch.
+// __syncthreads, so a missing barrier shows as a wrong result; with CUDA_HOST_THREADS it is a std::thread,
+// for ThreadSanitizer to watch.
 //
 // A kernel's shared memory is dynamic: `extern __shared__ double shared[];` finds an array of the driver.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <functional>
-#include <stdexcept>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #define __global__
@@ -34,7 +36,7 @@ namespace cuda_host {
 
 inline std::barrier<>* barrier;
 
-inline void run_block(unsigned threads, const std::function<void()>& kernel) {
+inline bool run_block(unsigned threads, const std::function<void()>& kernel) {
   std::barrier<> all(threads);
   barrier = &all;
   std::vector<std::thread> team;
@@ -45,6 +47,7 @@ inline void run_block(unsigned threads, const std::function<void()>& kernel) {
     });
   }
   for (std::thread& thread : team) thread.join();
+  return true;
 }
 
 }  // namespace cuda_host
@@ -75,8 +78,9 @@ inline void enter() {
   fibers[threadIdx.x].done = true;
 }
 
-// every fiber runs up to its next barrier in turn; they must all end in the same round.
-inline void run_block(unsigned threads, const std::function<void()>& kernel) {
+// every fiber runs up to its next barrier in turn; they must all end in the same round. The turns are
+// shuffled: in a fixed order a thread that lacks a barrier may happen to find all it reads already written.
+inline bool run_block(unsigned threads, const std::function<void()>& kernel) {
   body = &kernel;
   fibers = std::vector<Fiber>(threads);
   for (Fiber& fiber : fibers) {
@@ -86,14 +90,19 @@ inline void run_block(unsigned threads, const std::function<void()>& kernel) {
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, enter, 0);
   }
+  std::vector<unsigned> turns(threads);
+  std::iota(turns.begin(), turns.end(), 0u);
+  std::minstd_rand random;
   for (unsigned done = 0; done < threads;) {
-    if (done) throw std::logic_error("__syncthreads was not reached by every thread");
-    for (unsigned i = 0; i < threads; ++i) {
+    if (done) return false;
+    std::shuffle(turns.begin(), turns.end(), random);
+    for (const unsigned i : turns) {
       threadIdx = i;
       swapcontext(&scheduler, &fibers[i].context);
       done += fibers[i].done;
     }
   }
+  return true;
 }
 
 }  // namespace cuda_host
@@ -105,17 +114,19 @@ inline void __syncthreads() {
 
 namespace cuda_host {
 
-inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
+// false if some thread of a block ended while others waited at a barrier.
+inline bool launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   gridDim = grid;
   blockDim = block;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = dim3(x, y, z);
-        run_block(block.x, kernel);
+        if (!run_block(block.x, kernel)) return false;
       }
     }
   }
+  return true;
 }
 
 }  // namespace cuda_host

@@ -1,0 +1,157 @@
+#include "bindings.h"
+
+#include "rotary.h"
+
+namespace {
+
+clex::Element element_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return clex::Element::fp32;
+    case ScalarType::Half: return clex::Element::fp16;
+    case ScalarType::BFloat16: return clex::Element::bf16;
+    case ScalarType::Double: return clex::Element::fp64;
+    default: STD_TORCH_CHECK(false, "rotary: unsupported dtype");
+  }
+}
+
+void set_strides(const Tensor& x, int64_t (&strides)[3]) {
+  STD_TORCH_CHECK(x.size(3) <= 1 || x.stride(3) == 1 || x.numel() == 0, "rotary: D must have unit stride");
+  for (int i = 0; i < 3; ++i) strides[i] = x.stride(i);
+}
+
+clex::RotaryTensor rotary_tensor(const Tensor& source, const Tensor& target) {
+  clex::RotaryTensor tensor;
+  tensor.heads = source.size(2);
+  tensor.source = source.const_data_ptr();
+  tensor.target = target.mutable_data_ptr();
+  set_strides(source, tensor.source_strides);
+  set_strides(target, tensor.target_strides);
+  return tensor;
+}
+
+// everything but the tensors to rotate.
+clex::RotaryCall rotary_call(const Tensor& q, const Tensor& coarse, const Tensor& fine,
+                             const std::optional<Tensor>& positions, const std::optional<Tensor>& index,
+                             const std::optional<Tensor>& position_ids, int64_t offset) {
+  const bool is_double = q.scalar_type() == ScalarType::Double;
+  const ScalarType table_type = is_double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(coarse.scalar_type() == table_type && fine.scalar_type() == table_type,
+                  "rotary: the table must be fp64 for fp64 tensors, else fp32");
+  clex::RotaryCall call;
+  call.element = element_of(q);
+  call.batch = q.size(0);
+  call.length = q.size(1);
+  call.dim = q.size(3);
+  call.pairs = coarse.size(3);
+  call.tables = coarse.size(0);
+  call.tiles = coarse.size(1);
+  call.tile = fine.size(1);
+  call.offset = offset;
+  for (const Tensor* table : {&coarse, &fine}) {
+    STD_TORCH_CHECK(table->stride(3) == 1 && table->stride(2) == call.pairs,
+                    "rotary: a table's rows must be dense");
+  }
+  call.coarse = coarse.const_data_ptr();
+  call.fine = fine.const_data_ptr();
+  for (int i = 0; i < 2; ++i) {
+    call.coarse_strides[i] = coarse.stride(i);
+    call.fine_strides[i] = fine.stride(i);
+  }
+  if (positions) {
+    call.positions = positions->const_data_ptr<double>();
+    call.positions_strides[0] = positions->size(0) == 1 ? 0 : positions->stride(0);
+    call.positions_strides[1] = positions->stride(1);
+  }
+  if (index) {
+    call.index = index->const_data_ptr<int64_t>();
+    call.index_stride = index->stride(0);
+  }
+  if (position_ids) {
+    call.position_ids = position_ids->const_data_ptr<int64_t>();
+    call.position_ids_strides[0] = position_ids->size(0) == 1 ? 0 : position_ids->stride(0);
+    call.position_ids_strides[1] = position_ids->stride(1);
+  }
+  return call;
+}
+
+Tensor fresh_like(const Tensor& x) {
+  Tensor y = torch::stable::empty_like(x);
+  clex::advise_huge_pages(y.mutable_data_ptr(), y.numel() * y.element_size());
+  return y;
+}
+
+void rotate_tokens(const clex::RotaryCall& call) {
+  const int64_t token_size = (call.tensors[0].heads + call.tensors[1].heads) * call.dim;
+  const int64_t grain = 32768 / (token_size + 1) + 1;
+  torch::stable::parallel_for(0, call.batch * call.length, grain,
+                              [&](int64_t begin, int64_t end) { clex::rotary(call, begin, end); });
+}
+
+void rotary_out_cpu(const Tensor& q, const std::optional<Tensor>& k, const Tensor& coarse, const Tensor& fine,
+                    const std::optional<Tensor>& index, const std::optional<Tensor>& position_ids,
+                    int64_t offset, bool conjugate, const Tensor& q_out, const std::optional<Tensor>& k_out) {
+  clex::RotaryCall call = rotary_call(q, coarse, fine, std::nullopt, index, position_ids, offset);
+  call.conjugate = conjugate;
+  call.tensors[0] = rotary_tensor(q, q_out);
+  if (k) call.tensors[1] = rotary_tensor(*k, *k_out);
+  rotate_tokens(call);
+}
+
+void rotary_in_place_cpu(const Tensor& q, const std::optional<Tensor>& k, const Tensor& coarse,
+                         const Tensor& fine, const std::optional<Tensor>& index,
+                         const std::optional<Tensor>& position_ids, int64_t offset, bool conjugate) {
+  rotary_out_cpu(q, k, coarse, fine, index, position_ids, offset, conjugate, q, k);
+}
+
+std::tuple<Tensor, Tensor> rotary_cpu(const Tensor& q, const std::optional<Tensor>& k, const Tensor& /* freq */,
+                                      const Tensor& coarse, const Tensor& fine,
+                                      const std::optional<Tensor>& /* positions */,
+                                      const std::optional<Tensor>& index,
+                                      const std::optional<Tensor>& position_ids, int64_t offset) {
+  Tensor q_out = fresh_like(q);
+  Tensor k_out = k ? fresh_like(*k) : torch::stable::new_empty(q, {0});
+  rotary_out_cpu(q, k, coarse, fine, index, position_ids, offset, false, q_out,
+                 k ? std::optional(k_out) : std::nullopt);
+  return {q_out, k_out};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rotary_bwd_cpu(const Tensor& dq_out, const std::optional<Tensor>& dk_out,
+                                                  const std::optional<Tensor>& q_out,
+                                                  const std::optional<Tensor>& k_out, const Tensor& coarse,
+                                                  const Tensor& fine, const std::optional<Tensor>& positions,
+                                                  const std::optional<Tensor>& index,
+                                                  const std::optional<Tensor>& position_ids, int64_t offset) {
+  Tensor dq = fresh_like(dq_out);
+  Tensor dk = dk_out ? fresh_like(*dk_out) : torch::stable::new_empty(dq_out, {0});
+  clex::RotaryCall call = rotary_call(dq_out, coarse, fine, positions, index, position_ids, offset);
+  call.conjugate = true;
+  call.tensors[0] = rotary_tensor(dq_out, dq);
+  if (dk_out) call.tensors[1] = rotary_tensor(*dk_out, dk);
+  if (!q_out) {
+    rotate_tokens(call);
+    return {dq, dk, torch::stable::new_empty(dq_out, {0}, ScalarType::Double)};
+  }
+  const std::optional<Tensor>* saved[] = {&q_out, &k_out};
+  for (int i = 0; i < 2; ++i) {
+    if (!*saved[i]) continue;
+    call.tensors[i].rotated = (*saved[i])->const_data_ptr();
+    set_strides(**saved[i], call.tensors[i].rotated_strides);
+  }
+  const int64_t chunks = clex::rotary_bwd_chunks(call);
+  std::vector<double> partials(chunks * call.pairs);
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    clex::rotary_bwd(call, begin, end, partials.data());
+  });
+  Tensor dfreq = torch::stable::new_zeros(dq_out, {call.tables, call.pairs}, ScalarType::Double);
+  clex::rotary_bwd_reduce(call, partials.data(), dfreq.mutable_data_ptr<double>());
+  return {dq, dk, dfreq};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(clex, CPU, m) {
+  m.impl("rotary", TORCH_BOX(&rotary_cpu));
+  m.impl("rotary_", TORCH_BOX(&rotary_in_place_cpu));
+  m.impl("rotary_out", TORCH_BOX(&rotary_out_cpu));
+  m.impl("rotary_bwd", TORCH_BOX(&rotary_bwd_cpu));
+}
+
+}  // namespace
