@@ -11,14 +11,14 @@ from torch import Tensor
 
 from benchmarks import exact, formulations
 from benchmarks.measure import Goal, Way, compare, max_difference, record
-from benchmarks.shapes import MAX_FACTOR, ROTARY_DTYPES, ROTARY_SHAPES, RotaryShape
+from benchmarks.shapes import LLAMA_4K, MAX_FACTOR, ROTARY_DTYPES, RotaryShape
 from benchmarks.weights import Weights
 from clex_kernels import RotaryTable, apply_rotary, reference
 
 SETS = 2
 ROUNDS = 10
 TIME = torch.tensor([float(MAX_FACTOR)], dtype=torch.float64)
-SHAPE = ROTARY_SHAPES["llama-8b-4k"]
+SHAPE = LLAMA_4K
 ERROR_UNIT = "largest error over largest exact value"
 BEFORE_EACH_CALL = "other inputs are copied in, untimed, before every timed call"
 
@@ -64,7 +64,7 @@ class Case:
 
     def __init__(self, weights: Weights, dtype: str, positions: Tensor):
         self.dtype = ROTARY_DTYPES[dtype]
-        self.name = f"{SHAPE}, {dtype}"
+        self.name = f"{SHAPE.name}, {dtype}"
         self.weights = weights.kind
         self.positions = positions
         self.freq = exact.solve_exactly(*weights.sets[0], TIME, weights.config)[0]
@@ -173,7 +173,7 @@ def bench_in_place(benchmark: BenchmarkFixture, case: Case) -> None:
             Goal("time over a copy of the same bytes", result.ratio(ours.name, floor.name), "at most", 0.8),
             Goal(f"faster than the fastest torch.compile ({rival})", result.ratio(rival, ours.name), "at least", 6),
         ],
-        notes=[f"rounding the exact result to the dtype alone costs {rounding:.1e}"],
+        notes=[str(SHAPE), f"rounding the exact result to the dtype alone costs {rounding:.1e}"],
     )
 
 
@@ -207,6 +207,7 @@ def bench_out_of_place(benchmark: BenchmarkFixture, case: Case) -> None:
         floor=floor.name,
         overhead=(ours.name, fixed.name),
         goals=[Goal("time over a copy of the same bytes", result.ratio(ours.name, floor.name), "at most", 1.15)],
+        notes=[str(SHAPE)],
     )
 
 
@@ -288,7 +289,7 @@ def bench_forward_backward(benchmark: BenchmarkFixture, best_weights: Weights, d
         benchmark,
         section="rotary",
         row="rotary forward, backward and dfreq",
-        case=f"{case.name}, sampled positions",
+        case=case.name,
         memory="fresh outputs and gradients from torch's default allocator for all",
         weights=case.weights,
         error_unit=ERROR_UNIT,
@@ -301,4 +302,5 @@ def bench_forward_backward(benchmark: BenchmarkFixture, best_weights: Weights, d
             Goal(f"faster than {fastest_compiled}", result.ratio(fastest_compiled, ours.name), "at least", 6),
             Goal(f"faster than {fastest_eager}", result.ratio(fastest_eager, ours.name), "at least", 15),
         ],
+        notes=[str(SHAPE), f"positions sampled up to {MAX_FACTOR * SHAPE.L}"],
     )

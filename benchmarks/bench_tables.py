@@ -29,13 +29,14 @@ FP32_ANGLES = 2.0
 
 
 def checked_positions(length: int) -> Tensor:
-    """Positions compared with fp64: both ends and random ones between; all of a short table."""
+    """Positions compared with fp64: both ends, random ones between, even and logarithmic; all of a short table."""
     if length <= CHECKED:
         return torch.arange(length)
     generator = torch.Generator().manual_seed(3)
     ends = torch.arange(CHECKED // 4)
-    middle = torch.randint(length, (CHECKED // 2,), generator=generator)
-    return torch.cat((ends, middle, length - 1 - ends)).unique()
+    even = torch.randint(length, (CHECKED // 4,), generator=generator)
+    logarithmic = (length ** torch.rand(CHECKED // 4, generator=generator)).long().clamp(max=length - 1)
+    return torch.cat((ends, even, logarithmic, length - 1 - ends)).unique()
 
 
 def look_up(table: RotaryTable, positions: Tensor) -> Tensor:
@@ -239,7 +240,6 @@ def bench_end_to_end(benchmark: BenchmarkFixture, weights: Weights, length: str)
         comparison=result,
         ours=WHOLE_WAY,
         rivals=[AUTHORS_WAY],
-        overhead=(WHOLE_WAY, FIXED_WAY),
         goals=[Goal("error of cos and sin", error, "at most", END_TO_END_BOUNDS[length], unit="")],
         curves=curves if size == LONGEST else None,
         positions=size,

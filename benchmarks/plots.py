@@ -17,15 +17,20 @@ from clex_kernels import ClexConfig, reference, solve_frequencies
 OURS, THEIRS, FAINT = "#0b6e4f", "#b5473c", "#9aa5b1"
 SIZE = (8.0, 4.5)
 SHOWN_PAIRS = 7
-SMOOTHING = 20
 
 plt.rcParams.update(
-    {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 10}
+    {
+        "figure.constrained_layout.use": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "font.size": 10,
+    }
 )
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -34,9 +39,9 @@ def plot_loss(losses: Sequence[float], seconds: float, path: Path) -> None:
     figure, axes = plt.subplots(figsize=SIZE)
     steps = torch.arange(1, len(losses) + 1)
     axes.plot(steps, losses, color=FAINT, linewidth=0.8, label="each step, t drawn from 1..16")
-    if len(losses) > SMOOTHING:
-        mean = torch.tensor(losses).unfold(0, SMOOTHING, 1).mean(-1)
-        axes.plot(steps[SMOOTHING - 1 :], mean, color=OURS, label=f"mean of {SMOOTHING} steps")
+    window = 2 * (len(losses) // 30) + 1
+    mean = torch.tensor(losses).unfold(0, window, 1).mean(-1)
+    axes.plot(steps[window // 2 : len(losses) - window // 2], mean, color=OURS, label=f"mean of {window} steps")
     axes.set(
         xlabel=f"step ({len(losses)} in {seconds:.0f} s)",
         ylabel="training loss (nats per byte)",
@@ -47,25 +52,22 @@ def plot_loss(losses: Sequence[float], seconds: float, path: Path) -> None:
 
 
 def plot_frequencies(up: Tensor, down: Tensor, config: ClexConfig, path: Path) -> None:
-    """Learned frequencies over t as a share of plain RoPE's, beside the NTK scaling that training started from."""
+    """Learned frequencies over t as a share of plain RoPE's, and their change since the start, NTK scaling."""
     times = torch.linspace(1, config.max_factor, 151, dtype=torch.float64)
     learned = solve_frequencies(up, down, times, config)
     started = solve_frequencies(up, torch.zeros_like(down), times, config)
     plain = reference.plain_log_frequencies(config, torch.float64).exp()
-    figure, axes = plt.subplots(figsize=SIZE)
+    figure, (axes, change) = plt.subplots(1, 2, figsize=(10.5, 4.2))
     shown = torch.linspace(0, config.pairs - 1, SHOWN_PAIRS).long().tolist()
     for number, pair in enumerate(shown):
         color = plt.cm.viridis(number / len(shown))
         axes.plot(times, learned[:, pair] / plain[pair], color=color, label=f"pair {pair}: {plain[pair]:.2g} rad/token")
-        axes.plot(times, started[:, pair] / plain[pair], color=color, linestyle="--", linewidth=0.9)
-    axes.plot([], [], color="black", linestyle="--", linewidth=0.9, label="dashed: start of training (NTK)")
+        change.plot(times, 100 * (learned[:, pair] / started[:, pair] - 1), color=color)
     axes.set(
-        xlabel="length factor t",
-        ylabel="frequency over plain RoPE's",
-        yscale="log",
-        title="Frequencies learned in this run",
+        xlabel="length factor t", ylabel="frequency over plain RoPE's", yscale="log", title="Frequencies learned here"
     )
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    change.set(xlabel="length factor t", ylabel="change in frequency (%)", title="What training added to NTK scaling")
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
     save(figure, path)
 
 
@@ -79,9 +81,7 @@ def plot_overheads(overheads: Sequence[Overhead], path: Path) -> None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.12)
-    axes.set(
-        xlabel="time over the same operation with plain RoPE's fixed frequencies", title="Overhead over plain RoPE"
-    )
+    axes.set(xlabel="time over the same call with fixed frequencies", title="Overhead over plain RoPE")
     save(figure, path)
 
 

@@ -89,7 +89,7 @@ def run_benchmarks(weights: Path, results: Path) -> int:
     ):
         for line in process.stdout or ():
             output.append(line)
-            if collected := re.match(r"collected (\d+) items", line):
+            if collected := re.search(r"collected (\d+) items", line):
                 bar.reset(total=int(collected[1]))
             elif case := re.match(r"\S+::(\S+)", line):
                 bar.set_postfix_str(case[1])

@@ -17,6 +17,7 @@ LONGEST = TABLE_LENGTHS["1M"]
 class RotaryShape:
     """q [B, L, H, D] and k [B, L, G, D], all of D rotated."""
 
+    name: str
     B: int
     L: int
     H: int
@@ -32,8 +33,8 @@ class RotaryShape:
         return (self.B, self.L, self.G, self.D)
 
     def __str__(self) -> str:
-        return f"q {list(self.q)}, k {list(self.k)}"
+        return f"{self.name}: q {list(self.q)}, k {list(self.k)}"
 
 
-ROTARY_SHAPES = {"llama-8b-4k": RotaryShape(B=1, L=4096, H=32, G=8, D=128)}
+LLAMA_4K = RotaryShape("Llama 8B at 4K", B=1, L=4096, H=32, G=8, D=128)
 ROTARY_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

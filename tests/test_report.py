@@ -9,12 +9,13 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
 
-from benchmarks import measure, summary
+from benchmarks import measure, report, summary
 from benchmarks.measure import Goal, Way
 from benchmarks.weights import learned_weights, perturbed
 from clex_kernels import ClexConfig
-from examples.train_tiny import Trainer, draw_batch, next_byte_loss
+from examples.train_tiny import Trainer, TrainingRun, draw_batch, next_byte_loss
 
 
 class FakeBenchmark:
@@ -211,3 +212,12 @@ def test_a_training_step_lowers_the_loss_and_moves_the_ode():
         after = next_byte_loss(trainer.model, tokens, plain).item()
     assert after < 0.8 * before
     assert not torch.equal(trainer.rope.proj_func.ode_down_proj, start)
+
+
+def test_the_report_counts_missed_goals_and_names_them():
+    run = TrainingRun([5.0, 4.0], [1.0, 3.0], {128: 3.5}, 1.0, torch.zeros(4, 8), torch.zeros(8, 4))
+    text = report.index(run, [make_info()], elapsed=200.0, complete=False)
+    assert "1 of 2 goals met" in text
+    assert text.count("**missed**") == 1
+    assert "Some benchmarks failed" in text
+    assert "| rotary in place: fp32 | 1.25x | measured |" in text
