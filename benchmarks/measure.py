@@ -129,7 +129,6 @@ def record(
     error_unit: str,
     comparison: Comparison,
     ours: str,
-    rival: str | None = None,
     rivals: Sequence[str] = (),
     floor: str | None = None,
     overhead: tuple[str, str] | None = None,
@@ -138,7 +137,11 @@ def record(
     curves: dict[str, Any] | None = None,
     positions: int | None = None,
 ) -> None:
-    """Puts everything the report says about this case into the benchmark's JSON."""
+    """Puts everything the report says about this case into the benchmark's JSON.
+
+    The rival is the fastest of `rivals`, its `ratio` its time over ours.
+    """
+    rival = comparison.fastest(rivals) if rivals else None
     benchmark.extra_info.update(
         section=section,
         row=row,
@@ -152,7 +155,9 @@ def record(
         errors=comparison.errors,
         error_unit=error_unit,
         ours=ours,
-        rival=rival or (comparison.fastest(rivals) if rivals else None),
+        rival=rival,
+        ratio=comparison.ratio(rival, ours) if rival else None,
+        error=max(comparison.errors.get(ours, {}).values(), default=None),
         floor=floor,
         overhead=overhead,
         goals=[{**asdict(goal), "met": goal.met} for goal in goals],

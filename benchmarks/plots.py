@@ -66,6 +66,8 @@ def plot_frequencies(up: Tensor, down: Tensor, config: ClexConfig, path: Path) -
     axes.set(
         xlabel="length factor t", ylabel="frequency over plain RoPE's", yscale="log", title="Frequencies learned here"
     )
+    for panel in (axes, change):
+        panel.set_xticks([1, *range(4, config.max_factor + 1, 4)])
     change.set(xlabel="length factor t", ylabel="change in frequency (%)", title="What training added to NTK scaling")
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
     save(figure, path)
@@ -75,12 +77,11 @@ def plot_overheads(overheads: Sequence[Overhead], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(SIZE[0], 1.2 + 0.55 * len(overheads)))
     rows = range(len(overheads))
     bars = axes.barh(rows, [o.ratio for o in overheads], color=OURS, height=0.6)
-    axes.bar_label(bars, [f"{o.ratio:.2f}x" for o in overheads], padding=4)
+    axes.bar_label(bars, [f"{o.ratio:.2f}x" for o in overheads], label_type="center", color="white")
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_yticks(rows, [o.name.replace(": ", ":\n", 1) for o in overheads], fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.margins(x=0.12)
     axes.set(xlabel="time over the same call with fixed frequencies", title="Overhead over plain RoPE")
     save(figure, path)
 

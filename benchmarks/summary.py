@@ -49,7 +49,7 @@ def verdicts(cases: Iterable[Info]) -> list[Verdict]:
             case=info["case"],
             weights=info["weights"],
             what=goal["what"],
-            goal=f"{goal['sense']} {number(goal['bound'], goal['unit'])}",
+            goal=f"{goal['sense']} {goal['bound']:,g}{goal['unit']}",
             found=number(goal["found"], goal["unit"]),
             label=goal["label"],
             met=holds(goal),
@@ -75,13 +75,14 @@ def overheads(cases: Iterable[Info]) -> list[Overhead]:
 
 
 def number(value: float, unit: str = "") -> str:
-    """Short and readable: 0.71x, 1,043x, 3.1e-13, 172."""
+    """Short and readable: 0.708x, 1,043x, 3.1e-13, 172."""
     if not math.isfinite(value):
         return "not found"
     if unit != "x":
         return f"{value:,.0f}" if value == round(value) else f"{value:.1e}"
-    # two decimals near 1, where a goal of 1.15x is decided; none where they are noise.
-    return f"{value:.2f}x" if value < 10 else f"{value:,.1f}x" if value < 100 else f"{value:,.0f}x"
+    # three decimals near 1, where a goal of 1.03x is decided; none where they are noise.
+    decimals = 3 if value < 2 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:,.{decimals}f}x"
 
 
 def duration(seconds: float) -> str:
@@ -128,6 +129,7 @@ def case_section(info: Info) -> str:
         )
     table = markdown_table(["way", "median time", "time over ours", "time over the floor", "error", "rounds"], rows)
     facts = [
+        f"{number(info['ratio'], 'x')} faster than the rival" if info["rival"] else "no rival",
         f"weights: {info['weights']}",
         f"threads: {info['threads']}",
         f"memory: {info['memory']}",
