@@ -16,7 +16,7 @@ from benchmarks.weights import Weights
 from clex_kernels import RotaryTable, apply_rotary, reference
 
 SETS = 2
-ROUNDS = 10
+ROUNDS = 20
 TIME = torch.tensor([float(MAX_FACTOR)], dtype=torch.float64)
 SHAPE = LLAMA_4K
 ERROR_UNIT = "largest error over largest exact value"
@@ -140,7 +140,7 @@ def bench_in_place(benchmark: BenchmarkFixture, case: Case) -> None:
             "split halves, preallocated": formulations.split_halves_into,
             "split halves, in place": formulations.split_halves_in_place,
         },
-        every=1,
+        every=2,
     )
     eager = torch_ways(
         case,
@@ -150,7 +150,7 @@ def bench_in_place(benchmark: BenchmarkFixture, case: Case) -> None:
             "split halves, preallocated": formulations.split_halves_into,
             "complex product, fresh": formulations.complex_product,
         },
-        every=5,
+        every=10,
     )
     floor = case.floor()
     result = compare(benchmark, ours, [*compiled, *eager, fixed, floor], rounds=ROUNDS)
@@ -181,7 +181,7 @@ def bench_out_of_place(benchmark: BenchmarkFixture, case: Case) -> None:
     # outputs of its own: the floor and the rivals write into the same place every time as well.
     out = (torch.zeros_like(case.q), torch.zeros_like(case.k))
     ours, fixed = case.clex_and_plain("apply_rotary, preallocated", out=out)
-    rivals = torch_ways(case, True, {"split halves, preallocated": formulations.split_halves_into}, every=1)
+    rivals = torch_ways(case, True, {"split halves, preallocated": formulations.split_halves_into}, every=2)
     rivals += torch_ways(
         case,
         False,
@@ -189,7 +189,7 @@ def bench_out_of_place(benchmark: BenchmarkFixture, case: Case) -> None:
             "rotate-half, preallocated": formulations.rotate_half_into,
             "split halves, preallocated": formulations.split_halves_into,
         },
-        every=5,
+        every=10,
     )
     floor = case.floor()
     result = compare(benchmark, ours, [*rivals, fixed, floor], rounds=ROUNDS)
@@ -280,7 +280,7 @@ def bench_forward_backward(benchmark: BenchmarkFixture, best_weights: Weights, d
             "split halves": formulations.split_halves,
             "complex product": formulations.complex_product,
         },
-        every=5,
+        every=10,
     )
     floor = case.floor()
     result = compare(benchmark, ours, [*compiled, *eager, frozen, floor], rounds=ROUNDS)

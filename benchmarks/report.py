@@ -25,11 +25,11 @@ from examples.train_tiny import CONFIG, Trainer, TrainingRun, train
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "triton", "torchdiffeq", "pytest-benchmark")
 SECTIONS = {
-    "training": "Training step",
     "frequencies": "Frequencies",
     "tables": "Tables",
     "end to end": "Weights to cos and sin",
     "rotary": "Rotary",
+    "training": "Training step",
 }
 RULES = """\
 Every figure is labelled: *measured* on the machine above in this run, *counted*, or *modelled*. All ways of a case run
@@ -58,6 +58,7 @@ def main() -> None:
     print("2/4 benchmark the weights it learned, then synthetic ones", flush=True)
     status = run_benchmarks(out / "weights.pt", out / "benchmarks.json")
     cases = summary.infos(json.loads((out / "benchmarks.json").read_text()))
+    cases.sort(key=lambda info: list(SECTIONS).index(info["section"]))
 
     print("3/4 plot", flush=True)
     draw_plots(run, cases, out)
