@@ -219,7 +219,7 @@ def bench_end_to_end(benchmark: BenchmarkFixture, weights: Weights, length: str)
         authors_run,
         weights.load,
         lambda turn, pair: check(AUTHORS_WAY, turn, torch.stack([x[positions] for x in pair])),
-        every=4,
+        every=6,
     )
     fixed = Way(
         FIXED_WAY,

@@ -7,6 +7,7 @@ way's inputs are replaced by the next set; after it, untimed, what it returned i
 error is kept. A way that is wrong, and not just inexact, is no rival: it raises.
 """
 
+import os
 import platform
 import statistics
 import time
@@ -188,7 +189,7 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 
 def machine() -> dict[str, str]:
-    """What the figures were measured on."""
+    """What the figures are measured on, and how busy it is: memory-bound ratios need an idle machine."""
     info = {"processor": platform.processor() or platform.machine(), "system": platform.platform(terse=True)}
     try:
         with open("/proc/cpuinfo") as lines:
@@ -197,6 +198,8 @@ def machine() -> dict[str, str]:
         models = []
     if models:
         info["processor"] = f"{models[0]}, {len(models)} logical CPUs"
+    if hasattr(os, "getloadavg"):
+        info["load average before"] = f"{os.getloadavg()[0]:.1f}"
     info["capability"] = torch.backends.cpu.get_cpu_capability()
     info["threads"] = str(torch.get_num_threads())
     info["python"] = platform.python_version()

@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "report", help="folder of the report")
     arguments = parser.parse_args()
     started = time.perf_counter()
+    about = machine() | {name: importlib.metadata.version(name) for name in LIBRARIES if installed(name)}
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
 
@@ -65,7 +66,7 @@ def main() -> None:
 
     print("4/4 write", flush=True)
     elapsed = time.perf_counter() - started
-    (out / "index.md").write_text(index(run, cases, elapsed, status == 0))
+    (out / "index.md").write_text(index(about, run, cases, elapsed, status == 0))
     print(summary.printed_summary(summary.verdicts(cases), summary.overheads(cases)))
     print(f"report: {out / 'index.md'} ({elapsed:.0f} s)")
     sys.exit(status)
@@ -123,11 +124,10 @@ def error_goals(cases: list[summary.Info]) -> dict[float, float]:
     return {info["positions"]: info["goals"][0]["bound"] for info in cases if info["section"] == "end to end"}
 
 
-def index(run: TrainingRun, cases: list[summary.Info], elapsed: float, complete: bool) -> str:
+def index(about: dict[str, str], run: TrainingRun, cases: list[summary.Info], elapsed: float, complete: bool) -> str:
     """The report as Markdown."""
     verdicts = summary.verdicts(cases)
     met = sum(verdict.met for verdict in verdicts)
-    about = machine() | {name: importlib.metadata.version(name) for name in LIBRARIES if installed(name)}
     parts = [
         "# clex_kernels: what it costs and how exact it is",
         f"One run of `make report`, {elapsed:.0f} s. {met} of {len(verdicts)} goals met.",

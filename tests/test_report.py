@@ -218,7 +218,7 @@ def test_a_training_step_lowers_the_loss_and_moves_the_ode():
 
 def test_the_report_counts_missed_goals_and_names_them():
     run = TrainingRun([5.0, 4.0], [1.0, 3.0], {128: 3.5}, 1.0, torch.zeros(4, 8), torch.zeros(8, 4))
-    text = report.index(run, [make_info()], elapsed=200.0, complete=False)
+    text = report.index({"threads": "2"}, run, [make_info()], elapsed=200.0, complete=False)
     assert "1 of 2 goals met" in text
     assert text.count("**missed**") == 1
     assert "Some benchmarks failed" in text
