@@ -137,7 +137,8 @@ def index(about: dict[str, str], run: TrainingRun, cases: list[summary.Info], el
         parts.append("**Some benchmarks failed: their rows are missing below.**")
     parts += [
         "## Overhead over plain RoPE",
-        "Time with frequencies that change or are learned, over the same operation by this package with fixed ones.",
+        "Time with frequencies that change or are learned, over the same operation by this package with fixed ones. "
+        "Without a gradient it is the same kernel over another table: there, the distance from 1 is this run's noise.",
         summary.markdown_table(
             ["operation", "time over plain RoPE", "label"],
             [[o.name, summary.number(o.ratio, "x"), o.label] for o in summary.overheads(cases)],
