@@ -16,7 +16,7 @@ from benchmarks.weights import Weights
 from clex_kernels import RotaryTable, apply_rotary, reference
 
 SETS = 2
-ROUNDS = 20
+ROUNDS = 15
 TIME = torch.tensor([float(MAX_FACTOR)], dtype=torch.float64)
 SHAPE = LLAMA_4K
 ERROR_UNIT = "largest error over largest exact value"
@@ -150,7 +150,7 @@ def bench_in_place(benchmark: BenchmarkFixture, case: Case) -> None:
             "split halves, preallocated": formulations.split_halves_into,
             "complex product, fresh": formulations.complex_product,
         },
-        every=6,
+        every=5,
     )
     floor = case.floor()
     result = compare(benchmark, ours, [*compiled, *eager, fixed, floor], rounds=ROUNDS)
@@ -189,7 +189,7 @@ def bench_out_of_place(benchmark: BenchmarkFixture, case: Case) -> None:
             "rotate-half, preallocated": formulations.rotate_half_into,
             "split halves, preallocated": formulations.split_halves_into,
         },
-        every=6,
+        every=5,
     )
     floor = case.floor()
     result = compare(benchmark, ours, [*rivals, fixed, floor], rounds=ROUNDS)
@@ -280,7 +280,7 @@ def bench_forward_backward(benchmark: BenchmarkFixture, best_weights: Weights, d
             "split halves": formulations.split_halves,
             "complex product": formulations.complex_product,
         },
-        every=6,
+        every=5,
     )
     floor = case.floor()
     result = compare(benchmark, ours, [*compiled, *eager, frozen, floor], rounds=ROUNDS)
