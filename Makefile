@@ -21,7 +21,8 @@ test: install  ## every test that needs no GPU; on a machine with one, the same 
 install: $(VENV)/installed  ## the virtual environment with the package built in place
 
 bench: install  ## the benchmarks alone
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json -p no:logging
 
 lint: install
 	$(BIN)/ruff check .

@@ -51,11 +51,11 @@ struct HostTeam {
     Wide sums[VECTORS] = {};
     for (int k = 0; k < K; ++k) {
       const double* row = w + static_cast<int64_t>(k) * N + n;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int b = 0; b < VECTORS; ++b) sums[b] += x[k] * load(row + b * LANES);
     }
     alignas(64) double stored[VECTORS * LANES];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int b = 0; b < VECTORS; ++b) store(sums[b], stored + b * LANES);
 #pragma omp simd
     for (int b = 0; b < VECTORS * LANES; ++b) f(n + b, stored[b]);
@@ -64,6 +64,10 @@ struct HostTeam {
   template <class F>
   CLEX_TEAM void matvec(int K, int N, const double* w, const double* x, F f) const {
     int n = 0;
+    // AVX-512 has the registers to read whole rows of 128, which the prefetcher likes better than half rows.
+    if constexpr (LANES == 8) {
+      for (; n + 16 * LANES <= N; n += 16 * LANES) columns<16>(K, N, n, w, x, f);
+    }
     for (; n + 8 * LANES <= N; n += 8 * LANES) columns<8>(K, N, n, w, x, f);
     for (; n < N; n += LANES) columns<1>(K, N, n, w, x, f);
   }
