@@ -138,7 +138,7 @@ def weights_fingerprint(up: Tensor, down: Tensor) -> int:
     """A number that changes with the weights up [R, M] and down [M, R].
 
     On the CPU a hash of their contents: it sees every write, `.data` and inference mode included. Elsewhere of their
-    addresses and version counters, which waits for nothing but misses writes through `.data`, to inference tensors and
-    by collectives: invalidate the cache after those.
+    addresses and version counters, which waits for nothing but misses writes through `.data`, to inference tensors, by
+    collectives and by replayed CUDA graphs: invalidate the cache after those.
     """
     return torch.ops.clex.fingerprint([up, down])
