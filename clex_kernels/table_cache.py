@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from clex_kernels.extension import library
 
@@ -69,7 +70,7 @@ class TableCache:
             raise ValueError(f"byte_budget: expected >= 0, got {byte_budget}")
         self.byte_budget = byte_budget
         self._handle: int = torch.ops.clex.table_cache_create(byte_budget)
-        weakref.finalize(self, torch.ops.clex.table_cache_destroy, self._handle).atexit = False
+        weakref.finalize(self, _destroy, self._handle).atexit = False
 
     def __reduce__(self) -> tuple[type["TableCache"], tuple[int]]:
         return TableCache, (self.byte_budget,)
@@ -128,6 +129,12 @@ class TableCache:
     def stats(self) -> CacheStats:
         """Hits, misses, evictions, bytes, entries, invalidations."""
         return CacheStats(*torch.ops.clex.table_cache_stats(self._handle))
+
+
+def _destroy(handle: int) -> None:
+    # garbage may be collected while something is traced, where the operator is refused.
+    with _disable_current_modes():
+        torch.ops.clex.table_cache_destroy(handle)
 
 
 def _capturing() -> bool:
