@@ -12,7 +12,7 @@ from setuptools import setup
 from torch.utils import cpp_extension
 
 STABLE_ABI_TARGET = "0x020a000000000000"  # torch 2.10
-CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 CPP_SOURCES = [str(path) for path in sorted(Path("csrc").glob("*.cpp"))]
 CUDA_SOURCES = [str(path) for path in sorted(Path("csrc").glob("*.cu"))]
 
@@ -44,6 +44,13 @@ def find_cuda() -> tuple[Path | None, str]:
     return None, reason
 
 
+def list_architectures(cuda_root: Path) -> str:
+    """Those of CUDA_ARCHITECTURES that this nvcc knows, the last one also as PTX for later GPUs."""
+    command = [cuda_root / "bin" / "nvcc", "--list-gpu-arch"]
+    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return ";".join(arch for arch in CUDA_ARCHITECTURES if f"compute_{arch.replace('.', '')}" in known) + "+PTX"
+
+
 def make_extension():
     cuda_root, reason = find_cuda()
     verdict = f"{'C++ and CUDA C++' if cuda_root else 'C++ only'}: {reason}"
@@ -60,7 +67,7 @@ def make_extension():
 
     cpp_extension.CUDA_HOME = str(cuda_root)
     if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", list_architectures(cuda_root))
     extension = cpp_extension.CUDAExtension(
         "clex_kernels._C", CPP_SOURCES + CUDA_SOURCES, define_macros=[*defines, ("CLEX_WITH_CUDA", "1")], **settings
     )

@@ -113,6 +113,7 @@ def _solve_frequencies_cuda(up, down, times, log_rope_base, log_ntk_base, activa
     if not has_cuda():
         return _on_cpu(torch.ops.clex.solve_frequencies, up, down, times, *settings, frozen_nodes)
     up, down, times = up.contiguous(), down.contiguous(), times.contiguous()
+    frozen_nodes = None if frozen_nodes is None else frozen_nodes.contiguous()
     outputs = _solve_frequencies_fake(up, down, times, *settings)
     with torch.cuda.device(up.device):
         torch.ops.clex_cuda.solve_frequencies(up, down, times, frozen_nodes, *settings, *outputs, _stream(up))
@@ -220,8 +221,10 @@ def solve_frequencies(up: Tensor, down: Tensor, times: Tensor, config: Frequency
     Raises:
         ValueError: a shape, device or (on the CPU) value is wrong: NaN weights, a time below 1, unsorted times, R = 1.
         TypeError: a dtype is wrong.
-        RuntimeError: the weights are so large that 128 steps do not reach the last time (CPU; on CUDA the rows past
-            the last accepted step are NaN).
+        RuntimeError: the weights are so large that 128 steps do not reach the last time (CPU).
+
+    On CUDA nothing waits to look at values: rows without a solution, past the last accepted step, of times below 1 or
+    of times that come after a later step's, are NaN.
     """
     return _solve(up, down, times, config)[0]
 

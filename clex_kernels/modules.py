@@ -70,8 +70,8 @@ class ClexRotaryEmbedding(nn.Module):
     is compared with `config.rope_base` and not kept.
 
     Evaluation tables are cached until the weights change. On the CPU every change is seen; elsewhere optimizer steps,
-    load_state_dict, .to(...) and train() or eval() are, and after a write through `.data`, to inference tensors or by
-    a collective `invalidate()` is the caller's to call.
+    load_state_dict, .to(...) and train() or eval() are, and after a write through `.data`, to inference tensors, by a
+    collective or by a replayed CUDA graph `invalidate()` is the caller's to call.
 
     In training mode with grad enabled, tables carry frequencies with gradients to both weights.
 
@@ -198,8 +198,8 @@ class ClexRotaryEmbedding(nn.Module):
         count = 1 if batch is None else _tokens("batch", batch, least=1)
         _check_sampling(generator, positions, factors, plain_share)
         times = _draw_times(self.config, count, generator, factors, plain_share)
-        runs = torch.randint(RUNS[0], RUNS[1] + 1, (count,), generator=generator).tolist()
-        seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        runs = torch.randint(RUNS[0], RUNS[1] + 1, (count,), generator=generator, device="cpu").tolist()
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device="cpu"))
         on_device = torch.Generator(self.device).manual_seed(seed)
         spans = [math.floor(length * t) for t in times]
         if positions == "uniform":
@@ -214,7 +214,8 @@ class ClexRotaryEmbedding(nn.Module):
             return RotaryTable.from_frequencies(freq[0], positions=drawn[0], t=times[0], dtype=self._dtype)
         place = self._on_device([distinct.index(t) for t in times])
         return RotaryTableStack.from_frequencies(
-            freq.index_select(0, place),
+            # the backward of index_select adds in no fixed order on CUDA.
+            freq[place],
             self._on_device(times),
             positions=drawn,
             index=torch.arange(count, device=self.device),
@@ -268,7 +269,7 @@ class ClexRotaryEmbedding(nn.Module):
         self._cache.invalidate()
         inv_freq = state_dict.pop(prefix + "inv_freq", None)
         if inv_freq is not None:
-            steps = torch.arange(self.config.pairs, dtype=torch.float64) / self.config.pairs
+            steps = torch.arange(self.config.pairs, dtype=torch.float64, device="cpu") / self.config.pairs
             plain = self.config.rope_base**-steps
             # bf16 checkpoints round it to 3 digits.
             if inv_freq.shape != plain.shape or not torch.allclose(inv_freq.double().cpu(), plain, rtol=1e-2):
@@ -295,7 +296,7 @@ class ClexRotaryEmbedding(nn.Module):
 
     def _on_device(self, values: list[float] | list[int]) -> Tensor:
         dtype = torch.float64 if isinstance(values[0], float) else torch.int64
-        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+        return torch.tensor(values, dtype=dtype, device="cpu").to(self.device, non_blocking=True)
 
     def _cached(self, key: str, length: int, times: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """freq [T, R], t [T], coarse [T, C, 2, R] and fine [T, F, 2, R]; in training freq carries gradients."""
@@ -324,9 +325,11 @@ def _draw_times(
     config: ClexConfig, count: int, generator: torch.Generator | None, factors: str, plain_share: float
 ) -> list[float]:
     """Length factors of `count` sequences; the generator advances alike whatever the options."""
-    plain = torch.rand(count, generator=generator, dtype=torch.float64) < plain_share
-    whole = torch.randint(1, config.max_factor + 1, (count,), generator=generator).double()
-    real = 1 + (config.max_factor - 1) * torch.rand(count, generator=generator, dtype=torch.float64)
+    # on the CPU, whatever torch.set_default_device says.
+    host = {"generator": generator, "device": "cpu"}
+    plain = torch.rand(count, dtype=torch.float64, **host) < plain_share
+    whole = torch.randint(1, config.max_factor + 1, (count,), **host).double()
+    real = 1 + (config.max_factor - 1) * torch.rand(count, dtype=torch.float64, **host)
     return torch.where(plain, 1.0, whole if factors == "integer" else real).tolist()
 
 

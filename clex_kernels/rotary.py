@@ -43,8 +43,14 @@ library.define(
 )
 
 
+def _fresh_like(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    # of strides that overlap it may make ones without unit stride in D.
+    return y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _empty_outputs(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k)
+    return _fresh_like(q), q.new_empty(0) if k is None else _fresh_like(k)
 
 
 def _rotary_fake(q: Tensor, k: Tensor | None, *tables: Any) -> tuple[Tensor, Tensor]:
@@ -273,6 +279,13 @@ def _rotate_in_place(q: Tensor, k: Tensor | None, *tables: Any) -> tuple[Tensor,
     return q, k
 
 
+def _written(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """q and k, which an operator of ours wrote to where autograd did not see it; the compiler does it by itself."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([x for x in (q, k) if x is not None])
+    return q, k
+
+
 def apply_rotary(
     q: Tensor,
     k: Tensor | None,
@@ -315,12 +328,12 @@ def apply_rotary(
     if out is not None:
         q_out, k_out = check_out(q, k, out, inplace, wants_grad)
         torch.ops.clex.rotary_out(q, k, coarse, fine, index, position_ids, offset, False, q_out, k_out)
-        return q_out, k_out
+        return _written(q_out, k_out)
     if inplace:
         check_in_place(q, k, wants_grad)
         if not wants_grad:
             torch.ops.clex.rotary_(q, k, coarse, fine, index, position_ids, offset, False)
-            return q, k
+            return _written(q, k)
     tables = (freq, coarse, fine, positions, index, position_ids, offset)
     if inplace and not torch.compiler.is_compiling():
         return _rotate_in_place(q, k, *tables)

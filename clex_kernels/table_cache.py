@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from clex_kernels.extension import library
 
@@ -69,7 +70,7 @@ class TableCache:
             raise ValueError(f"byte_budget: expected >= 0, got {byte_budget}")
         self.byte_budget = byte_budget
         self._handle: int = torch.ops.clex.table_cache_create(byte_budget)
-        weakref.finalize(self, torch.ops.clex.table_cache_destroy, self._handle).atexit = False
+        weakref.finalize(self, _destroy, self._handle).atexit = False
 
     def __reduce__(self) -> tuple[type["TableCache"], tuple[int]]:
         return TableCache, (self.byte_budget,)
@@ -130,6 +131,12 @@ class TableCache:
         return CacheStats(*torch.ops.clex.table_cache_stats(self._handle))
 
 
+def _destroy(handle: int) -> None:
+    # garbage may be collected while something is traced, where the operator is refused.
+    with _disable_current_modes():
+        torch.ops.clex.table_cache_destroy(handle)
+
+
 def _capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
@@ -138,7 +145,7 @@ def weights_fingerprint(up: Tensor, down: Tensor) -> int:
     """A number that changes with the weights up [R, M] and down [M, R].
 
     On the CPU a hash of their contents: it sees every write, `.data` and inference mode included. Elsewhere of their
-    addresses and version counters, which waits for nothing but misses writes through `.data`, to inference tensors and
-    by collectives: invalidate the cache after those.
+    addresses and version counters, which waits for nothing but misses writes through `.data`, to inference tensors, by
+    collectives and by replayed CUDA graphs: invalidate the cache after those.
     """
     return torch.ops.clex.fingerprint([up, down])

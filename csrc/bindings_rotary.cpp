@@ -74,8 +74,10 @@ clex::RotaryCall rotary_call(const Tensor& q, const Tensor& coarse, const Tensor
   return call;
 }
 
+// of strides that overlap empty_like may make ones without unit stride in D.
 Tensor fresh_like(const Tensor& x) {
   Tensor y = torch::stable::empty_like(x);
+  if (y.stride(3) != 1) y = torch::stable::new_empty(x, x.sizes());
   clex::advise_huge_pages(y.mutable_data_ptr(), y.numel() * y.element_size());
   return y;
 }

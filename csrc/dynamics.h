@@ -172,22 +172,24 @@ struct Integrator {
     return emitted < out.count && stretched(out.times[emitted]) <= end;
   }
 
-  // The next time asked, x of the way through the step.
-  CLEX_TEAM void emit(double at, double x, int terms) {
+  // The next time asked, read off the step it lies in. NaN before that step (a time below 1 or out of order):
+  // on CUDA nobody has looked at the times.
+  CLEX_TEAM void emit(int terms) {
+    const double at = stretched(out.times[emitted]), x = (at - s) / h;
     double basis[DENSE_TERMS];
     dense_basis(x, basis);
     const int pairs = dynamics.pairs;
     const double scale = at / (pairs - 1);
     double* row = out.freq + static_cast<int64_t>(emitted++) * pairs;
     team.matvec(terms, dynamics.R, local, basis, [&](int i, double sum) CLEX_LAMBDA {
-      if (i < pairs) row[i] = fast_exp(u[i] + sum - i * scale);
+      if (i < pairs) row[i] = x < 0 ? NAN : fast_exp(u[i] + sum - i * scale);
     });
   }
 
   CLEX_TEAM void begin() {
     const double step = dynamics.log_rope_base / dynamics.pairs;
     team.each(dynamics.R, [&](int i) CLEX_LAMBDA { u[i] = -i * step; });
-    while (time_within(0)) emit(0, 0, 0);
+    while (time_within(0)) emit(0);
     evaluate(0, 1, 0);
   }
 
@@ -242,10 +244,7 @@ struct Integrator {
     const bool dense = out.polynomials || time_within(target);
     evaluate(PROPAGATED, dense ? STAGES : PROPAGATED + 1, h);
     if (dense) build_dense();
-    while (time_within(target)) {
-      const double at = stretched(out.times[emitted]);
-      emit(at, (at - s) / h, DENSE_TERMS);
-    }
+    while (time_within(target)) emit(DENSE_TERMS);
     record();
     double* first = stages.k;
     const double* last = stages.k + PROPAGATED * dynamics.R;

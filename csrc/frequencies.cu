@@ -175,13 +175,18 @@ template <class W, class Task>
 const char* launch(void (*kernel)(Dynamics<W>, Task, SharedPlan, double*), const Dynamics<W>& dynamics,
                    const Task& task, bool backward, double* memory, void* stream) {
   int device = 0, limit = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const SharedPlan plan = plan_shared(dynamics.R, dynamics.M, sizeof(W), backward, FREQUENCY_THREADS, limit);
-  const int bytes = static_cast<int>(plan.bytes);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
-    kernel<<<1, FREQUENCY_THREADS, bytes, static_cast<cudaStream_t>(stream)>>>(dynamics, task, plan, memory);
+    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  // the same for all sizes: between here and the launch another thread may launch the kernel with others.
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+  }
+  if (error == cudaSuccess) {
+    const auto plan = plan_shared(dynamics.R, dynamics.M, sizeof(W), backward, FREQUENCY_THREADS, limit);
+    const auto on = static_cast<cudaStream_t>(stream);
+    kernel<<<1, FREQUENCY_THREADS, plan.bytes, on>>>(dynamics, task, plan, memory);
     error = cudaGetLastError();
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -168,6 +168,14 @@ def test_no_solution_is_nan_on_cuda(library):
 
 
 @needs_compiler
+def test_times_that_make_no_sense_are_nan_on_cuda(library):
+    up, down = weights(5, 10)
+    times = torch.tensor([0.9, 1, 8, 2, math.nan], dtype=torch.float64)
+    freq = solve_on_shim(library, up, down, times, "silu", 16, ALL_ON_CHIP).freq
+    assert freq.isnan().any(1).tolist() == freq.isnan().all(1).tolist() == [True, False, False, True, True]
+
+
+@needs_compiler
 @pytest.mark.parametrize("barrier", range(5))
 def test_a_missing_barrier_is_seen(barrier, tmp_path):
     broken = tmp_path / "csrc"

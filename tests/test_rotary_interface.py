@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from clex_kernels import rotary
 from clex_kernels.rotary import apply_rotary
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
@@ -123,6 +124,33 @@ def test_in_place_notices_that_its_input_was_needed() -> None:
         loss.sum().backward()
 
 
+def test_autograd_notices_writes_without_grad() -> None:
+    for rotate in (
+        lambda q, k: apply_rotary(q, k, make_table(), inplace=True),
+        lambda q, k: apply_rotary(*inputs(), make_table(), out=(q, k)),
+    ):
+        for needed in (0, 1):
+            given = [x.requires_grad_() * 1 for x in inputs()]
+            loss = given[needed].square().sum()
+            with torch.no_grad():
+                rotate(*(x.detach() for x in given))
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+
+
+def test_outputs_have_unit_stride_also_where_inputs_overlap() -> None:
+    # every token's window begins one number further on: empty_like puts the tokens innermost.
+    buffer = torch.randn(64, generator=torch.Generator().manual_seed(3))
+    q = buffer.as_strided((1, 5, 3, D), (0, 1, 8, 1))
+    assert torch.empty_like(q).stride(-1) != 1
+    expected = apply_rotary(q.contiguous(), None, make_table())[0]
+    actual = apply_rotary(q, None, make_table())[0]
+    assert torch.equal(actual, expected)
+    with FakeTensorMode() as mode:
+        like = rotary._empty_outputs(mode.from_tensor(q), None)[0]
+    assert like.stride() == actual.stride()
+
+
 def test_backward_leaves_incoming_gradients_alone() -> None:
     for inplace in (False, True):
         freq = FREQ.clone().requires_grad_()
@@ -211,8 +239,6 @@ def test_opcheck(name: str) -> None:
 def test_operators_for_cuda_agree_with_those_for_the_cpu() -> None:
     pytest.importorskip("triton")
     from interpreter import interpreted
-
-    from clex_kernels import rotary
 
     arguments = opcheck_arguments()
     with interpreted(), torch.no_grad():

@@ -10,7 +10,7 @@ from interpreter import interpreted
 from tolerance import assert_within_rule
 
 from clex_kernels import reference
-from clex_kernels.kernels.rotary import SHORT_LENGTH, launch_rotary, launch_rotary_bwd
+from clex_kernels.kernels.rotary import SHORT_LENGTH, launch_config, launch_rotary, launch_rotary_bwd
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS32 = torch.finfo(torch.float32).eps
@@ -171,6 +171,11 @@ def test_without_keys_only_queries_are_rotated(device: torch.device) -> None:
     q_out = poisoned(q)
     launch_rotary(q, None, q_out, None, *make_tables(freq, 4, torch.float32), None, None, 0, False)
     assert_rotated(q_out, rotated(q, freq[0], torch.arange(4, device=device)))
+
+
+def test_wide_heads_take_no_more_threads_than_a_block_has() -> None:
+    wide = torch.empty(1, SHORT_LENGTH + 1, 1, 4096, device="meta")
+    assert launch_config("rotary_bwd", wide, None, 2048, False)["num_warps"] == 16
 
 
 @pytest.mark.parametrize("shape", [Shape(0, 3, 2, 1, 16, 8), Shape(2, 0, 2, 1, 16, 8)], ids=str)

@@ -131,6 +131,18 @@ def test_the_same_seed_draws_the_same():
     assert not torch.equal(rope.sample(50).positions[:40], by_default.positions[:40])
 
 
+@pytest.mark.parametrize("positions", ["uniform", "runs"])
+def test_the_default_device_is_not_looked_at(positions):
+    rope = make_rope()
+    plain = rope.sample(50, batch=3, generator=seeded(1), positions=positions)
+    # on a GPU the draws of t would wait for it, and a generator on the CPU would be refused.
+    with torch.device("meta"):
+        drawn = rope.sample(50, batch=3, generator=seeded(1), positions=positions)
+        tables = rope(200), rope.stack(), rope.at(torch.tensor([40, 50], device="cpu"))
+    assert torch.equal(drawn.coarse, plain.coarse)
+    assert all(table.device.type == "cpu" for table in tables)
+
+
 def test_options_do_not_disturb_the_generator():
     states = []
     for options in ({}, {"positions": "runs"}, {"factors": "continuous"}, {"plain_share": 0.5}):

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from clex_kernels import _C, table_cache
@@ -134,6 +135,17 @@ def test_a_dead_cache_frees_its_tables():
     gc.collect()
     assert storage.expired()
     with pytest.raises(RuntimeError, match="does not exist"):
+        torch.ops.clex.table_cache_stats(handle)
+
+
+def test_a_cache_that_dies_while_something_is_traced_frees_its_tables():
+    cache = TableCache(1 << 20)
+    cache.put("a", 64, 7, (torch.zeros(64),))
+    handle = cache._handle
+    with FakeTensorMode():
+        del cache
+        gc.collect()
+    with pytest.raises(RuntimeError, match=f"table cache {handle} does not exist"):
         torch.ops.clex.table_cache_stats(handle)
 
 

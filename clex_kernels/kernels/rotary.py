@@ -273,7 +273,7 @@ TILE_BYTES = 4096
 def launch_config(stem: str, x: torch.Tensor, k: torch.Tensor | None, pairs: int, in_place: bool) -> dict[str, int]:
     """Constexprs and warps for x [B, L, H, D] and k [B, L, G, D] or None.
 
-    In place a tile has at least one element per thread: threads that shared an element would race.
+    In place a tile is one warp's or has an element for every thread: warps that shared an element would race.
     """
     length, heads = x.shape[1], x.shape[2] if k is None else max(x.shape[2], k.shape[2])
     tail = 0 if in_place else x.shape[3] - 2 * pairs
@@ -288,7 +288,8 @@ def launch_config(stem: str, x: torch.Tensor, k: torch.Tensor | None, pairs: int
         "BLOCK_L": tokens,
         "BLOCK_H": block_h,
         "BLOCK_R": block_r,
-        "num_warps": max(1, 4 * block_h * token_bytes // TILE_BYTES),
+        # 16 warps of AMD's 64 threads are the most that a block takes.
+        "num_warps": min(16, max(1, 4 * block_h * token_bytes // TILE_BYTES)),
     }
 
 
