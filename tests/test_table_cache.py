@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from clex_kernels import _C, table_cache
@@ -137,6 +138,16 @@ def test_a_dead_cache_frees_its_tables():
         torch.ops.clex.table_cache_stats(handle)
 
 
+def test_a_cache_may_die_while_something_is_traced():
+    cache, tensors = TableCache(KEEP), entry(10)
+    storage = StorageWeakRef(tensors[0].untyped_storage())
+    cache.put("a", 64, 7, tensors)
+    with FakeTensorMode():
+        del tensors, cache
+        gc.collect()
+    assert storage.expired()
+
+
 def test_a_table_in_use_outlives_its_entry():
     cache = TableCache(KEEP)
     cache.put("a", 64, 7, entry(10, 3.0))
@@ -235,6 +246,13 @@ def test_off_the_cpu_the_fingerprint_follows_address_and_version():
     assert table_cache._fingerprint_by_version([up, down]) != before
     with torch.inference_mode():
         assert isinstance(table_cache._fingerprint_by_version([torch.ones(2), down]), int)
+
+
+def test_off_the_cpu_new_weights_in_freed_memory_have_another_fingerprint():
+    memory, (_, down) = torch.ones(9), weights()
+    # two tensors after each other at one address and one version, as an allocator hands them out.
+    first, second = (table_cache._fingerprint_by_version([memory.view(3, 3).data, down]) for _ in range(2))
+    assert first != second
 
 
 def hammer(cache: TableCache, seed: int, errors: list[str]) -> None:
