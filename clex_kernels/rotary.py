@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from clex_kernels.extension import library
 from clex_kernels.rotary_checks import check_in_place, check_operand, check_out, check_positions, stacked
@@ -273,6 +274,12 @@ def _rotate_in_place(q: Tensor, k: Tensor | None, *tables: Any) -> tuple[Tensor,
     return q, k
 
 
+def _mark_written(*tensors: Tensor | None) -> None:
+    """Lets autograd notice if a backward pass needs what was there; the operators do not tell it."""
+    if not torch.compiler.is_compiling():
+        increment_version([x for x in tensors if x is not None and not x.is_inference()])
+
+
 def apply_rotary(
     q: Tensor,
     k: Tensor | None,
@@ -315,11 +322,13 @@ def apply_rotary(
     if out is not None:
         q_out, k_out = check_out(q, k, out, inplace, wants_grad)
         torch.ops.clex.rotary_out(q, k, coarse, fine, index, position_ids, offset, False, q_out, k_out)
+        _mark_written(q_out, k_out)
         return q_out, k_out
     if inplace:
         check_in_place(q, k, wants_grad)
         if not wants_grad:
             torch.ops.clex.rotary_(q, k, coarse, fine, index, position_ids, offset, False)
+            _mark_written(q, k)
             return q, k
     tables = (freq, coarse, fine, positions, index, position_ids, offset)
     if inplace and not torch.compiler.is_compiling():
