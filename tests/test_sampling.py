@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from ropes import CONFIG, make_rope, seeded, solved
@@ -194,6 +195,13 @@ def test_in_training_mode_plain_tables_carry_gradients_and_no_other_mode_does():
     assert not rope(100).freq.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:.*past train_length")
+def test_numpy_integers_are_lengths():
+    rope = make_rope()
+    assert rope(np.int64(300)).length == rope.stack(np.int32(300)).length == 512
+    assert rope.sample(np.int64(8), batch=np.int64(2)).positions.shape == (2, 8)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
@@ -204,6 +212,9 @@ def test_in_training_mode_plain_tables_carry_gradients_and_no_other_mode_does():
         (lambda rope: rope.sample(8, positions="random"), ValueError, "positions: expected 'uniform' or 'runs'"),
         (lambda rope: rope.sample(8, factors="real"), ValueError, "factors: expected 'integer' or 'continuous'"),
         (lambda rope: rope.sample(8, plain_share=1.5), ValueError, "plain_share: expected .*, got 1.5"),
+        (lambda rope: rope.sample(8, plain_share=None), TypeError, "plain_share: expected a number, got None"),
+        (lambda rope: rope.sample(2**62), ValueError, "length: expected at most 9007199254740992, got 4611"),
+        (lambda rope: rope(2**80), ValueError, "length: expected at most 9007199254740992, got 1208"),
         (lambda rope: rope.sample(8, plain_share=math.nan), ValueError, "plain_share: expected .*, got nan"),
     ],
 )
