@@ -277,7 +277,7 @@ def _rotate_in_place(q: Tensor, k: Tensor | None, *tables: Any) -> tuple[Tensor,
 def _mark_written(*tensors: Tensor | None) -> None:
     """Lets autograd notice if a backward pass needs what was there; the operators do not tell it."""
     if not torch.compiler.is_compiling():
-        increment_version([x for x in tensors if x is not None and not x.is_inference()])
+        increment_version([x for x in tensors if x is not None])
 
 
 def apply_rotary(
@@ -292,6 +292,10 @@ def apply_rotary(
 ) -> tuple[Tensor, Tensor | None]:
     """Rotates q and k; differentiable in q, k and the table's freq.
 
+    Reentrant checkpointing sends gradients only to tensors it is given, and runs the graph behind others once per
+    layer: where the table's freq is computed, as by `sample`, pass it by itself and use dataclasses.replace(table,
+    freq=freq) inside, or take use_reentrant=False, which needs nothing.
+
     Args:
         q: [B, L, H, D], any strides with unit stride in D; fp32, fp16, bf16, or fp64 on the CPU (with an fp64 table).
         k: [B, L, G, D] of q's dtype and device, or None.
@@ -301,7 +305,8 @@ def apply_rotary(
         inplace: overwrite q and k, which may be views of one buffer but must not share elements.
         out: tensors to write to, like q and k; they may be q and k themselves but not overlap them otherwise. Not
             differentiable.
-        debug: also check values that live on a device (synchronises); otherwise a bad position there gives NaN rows.
+        debug: also check values that live on a device (synchronises); otherwise a bad position there, or anywhere in
+            compiled code, gives NaN rows.
 
     Returns:
         The rotated q and k: new tensors, or q and k (inplace), or out.

@@ -120,11 +120,12 @@ def check_positions(q: Tensor, length: int, position_ids: Tensor | None, offset:
 
 def check_writable(name: str, x: Tensor) -> None:
     """That no two elements of x share memory."""
+    if x.is_contiguous():
+        return
     dims = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
-    shared = any(stride == 0 for stride, _ in dims)
+    shared, reach = any(stride == 0 for stride, _ in dims), 0
     # comparing traced strides would tie compiled code to them.
     if not torch.compiler.is_compiling():
-        reach = 0  # of the dimensions within, in elements
         for stride, size in sorted(dims):
             shared |= stride <= reach
             reach += stride * (size - 1)

@@ -1,16 +1,19 @@
 """rope.sample: the law of its draws, and the way of gradients back to the weights."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from ropes import CONFIG, make_rope, seeded, solved
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from clex_kernels import reference
 from clex_kernels.config import ClexConfig
 from clex_kernels.modules import ClexRotaryEmbedding
+from clex_kernels.rotary import apply_rotary
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 
@@ -154,6 +157,28 @@ def test_gradients_reach_both_weights(batch):
     reference.frequencies(up, down, times, CONFIG).square().sum().backward()
     for weight, expected in zip(rope.parameters(), (up.grad, down.grad), strict=True):
         torch.testing.assert_close(weight.grad.double(), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("way", ["table inside", "freq passed", "freq passed, reentrant"])
+def test_checkpointed_layers_share_a_table(way):
+    gradients = []
+    for checkpointed in (False, True):
+        rope, x = make_rope().train(), torch.randn(1, 24, 4, 16, generator=seeded(3)).requires_grad_()
+        table = rope.sample(24, generator=seeded(2))
+
+        def layer(x, freq, table=table):
+            table = table if way == "table inside" else replace(table, freq=freq)
+            return apply_rotary(1.5 * x, None, table)[0].tanh()
+
+        hidden = x
+        for _ in range(3):
+            arguments = hidden, None if way == "table inside" else table.freq
+            reentrant = way.endswith("reentrant")
+            hidden = checkpoint(layer, *arguments, use_reentrant=reentrant) if checkpointed else layer(*arguments)
+        hidden.square().sum().backward()
+        gradients.append([x.grad, *(weight.grad for weight in rope.parameters())])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
 
 
 def test_at_t_1_gradients_are_zero_and_not_missing():
