@@ -83,11 +83,13 @@ class ClexConfig:
         length = _integer("length", length)
         if length < 0:
             raise ValueError(f"length: expected a number of tokens >= 0, got {length}")
+        # before it becomes a float, for which an int may be too large.
+        length = min(length, self.train_length * self.max_factor)
         if self.scale_policy == "integer":
             factor = float(-(-length // self.train_length))
         else:
             factor = length / self.train_length
-        return min(max(factor, 1.0), float(self.max_factor))
+        return max(factor, 1.0)
 
     @classmethod
     def from_transformers(cls, config: Any) -> "ClexConfig":
@@ -174,17 +176,21 @@ def _integer(name: str, value: Any) -> int:
 
 
 def _positive_integer(name: str, value: Any) -> int:
-    if _integer(name, value) < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value}")
+    if not 1 <= _integer(name, value) < 2**63:
+        raise ValueError(f"{name}: expected a positive integer below 2^63, got {value}")
     return int(value)
 
 
 def _real_above(name: str, value: Any, bound: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not (math.isfinite(value) and value > bound):
-        raise ValueError(f"{name}: expected a finite number > {bound:g}, got {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not bound < number < math.inf:
+        raise ValueError(f"{name}: expected a finite number > {bound:g}, got {number}")
+    return number
 
 
 def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -9,3 +9,4 @@ library = torch.library.Library("clex", "FRAGMENT")
 isa = _C.isa
 has_cuda = _C.has_cuda
 build_reason = _C.build_reason
+destroy_table_cache = _C.destroy_table_cache

@@ -88,7 +88,18 @@ def _backward(ctx: Any, dfreq: Tensor | None, *_: None) -> tuple[Tensor | None, 
     return dup, ddown, None, None, None, None, None
 
 
+def _no_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    return None
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError("solve_frequencies: its gradient can't be differentiated again (no second derivatives)")
+
+
 torch.library.register_autograd("clex::solve_frequencies", _backward, setup_context=_save_for_backward, lib=library)
+torch.library.register_autograd(
+    "clex::solve_frequencies_bwd", _no_second_derivative, setup_context=_no_context, lib=library
+)
 
 
 @functools.cache
@@ -167,15 +178,15 @@ def _check_weights(up: Tensor, down: Tensor, config: FrequencySettings) -> None:
         raise ValueError(f"down: expected the device of up, {up.device}, got {down.device}")
 
 
-def _check_times(times: Tensor, up: Tensor) -> None:
+def _check_times(times: Tensor, other: str, device: torch.device) -> None:
     if not isinstance(times, Tensor):
         raise TypeError(f"times: expected a Tensor, got {type(times).__name__}")
     if times.dim() != 1:
         raise ValueError(f"times: expected shape [T], got {list(times.shape)}")
     if times.dtype is not torch.float64:
         raise TypeError(f"times: expected torch.float64, got {times.dtype}")
-    if times.device != up.device:
-        raise ValueError(f"times: expected the device of up, {up.device}, got {times.device}")
+    if times.device != device:
+        raise ValueError(f"times: expected the device of {other}, {device}, got {times.device}")
 
 
 def _check_values(up: Tensor, down: Tensor, times: Tensor | None) -> None:
@@ -196,7 +207,7 @@ def _settings(config: FrequencySettings) -> tuple[float, float, str]:
 
 def _solve(up: Tensor, down: Tensor, times: Tensor, config: FrequencySettings) -> tuple[Tensor, ...]:
     _check_weights(up, down, config)
-    _check_times(times, up)
+    _check_times(times, "up", up.device)
     try:
         return torch.ops.clex.solve_frequencies(up, down, times, *_settings(config))
     except RuntimeError:
@@ -267,7 +278,12 @@ def evaluate(nodes: Tensor, polynomials: Tensor, times: Tensor) -> Tensor:
 
     Returns:
         freq [T, R] fp64, rad/token.
+
+    Raises:
+        ValueError: times has another shape or device.
+        TypeError: times has another dtype.
     """
+    _check_times(times, "nodes", nodes.device)
     s = torch.log(2 * times - 1)
     # each step holds its end but not its start, as in the solver.
     step = (torch.searchsorted(nodes, s) - 1).clamp(0, MAX_STEPS - 1)

@@ -17,6 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from clex_kernels.config import ClexConfig
 from clex_kernels.frequencies import evaluate, solve_frequencies, trajectory
-from clex_kernels.tables import CacheStats, RotaryTable, RotaryTableStack, TableCache, weights_fingerprint
+from clex_kernels.tables import MAX_LENGTH, CacheStats, RotaryTable, RotaryTableStack, TableCache, weights_fingerprint
 
 RUNS = (2, 8)
 
@@ -108,6 +109,7 @@ class ClexRotaryEmbedding(nn.Module):
             TypeError: length is no int.
             ValueError: length is negative, or the weights are not finite.
         """
+        length = _tokens("length", length)
         t = self.config.length_factor(length)
         room = max(round(t * self.config.train_length), self._room(length))
         freq, _, coarse, fine = self._cached(f"t = {t!r}", room, [t])
@@ -354,11 +356,13 @@ def _in_runs(length: int, span: int, runs: int, generator: torch.Generator) -> T
 
 
 def _tokens(name: str, value: int, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
-    return value
+    if value > MAX_LENGTH:
+        raise ValueError(f"{name}: expected at most {MAX_LENGTH}, got {value}")
+    return int(value)
 
 
 def _check_sampling(generator: torch.Generator | None, positions: str, factors: str, plain_share: float) -> None:
@@ -370,5 +374,7 @@ def _check_sampling(generator: torch.Generator | None, positions: str, factors: 
         raise ValueError(f"positions: expected 'uniform' or 'runs', got {positions!r}")
     if factors not in ("integer", "continuous"):
         raise ValueError(f"factors: expected 'integer' or 'continuous', got {factors!r}")
+    if isinstance(plain_share, bool) or not isinstance(plain_share, Real):
+        raise TypeError(f"plain_share: expected a number, got {plain_share!r}")
     if not 0.0 <= plain_share <= 1.0:
         raise ValueError(f"plain_share: expected a probability from 0 to 1, got {plain_share!r}")

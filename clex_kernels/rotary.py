@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from clex_kernels.extension import library
 from clex_kernels.rotary_checks import check_in_place, check_operand, check_out, check_positions, stacked
@@ -279,11 +280,10 @@ def _rotate_in_place(q: Tensor, k: Tensor | None, *tables: Any) -> tuple[Tensor,
     return q, k
 
 
-def _written(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """q and k, which an operator of ours wrote to where autograd did not see it; the compiler does it by itself."""
+def _mark_written(*tensors: Tensor | None) -> None:
+    """Lets autograd notice if a backward pass needs what was there; the operators do not tell it."""
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([x for x in (q, k) if x is not None])
-    return q, k
+        increment_version([x for x in tensors if x is not None])
 
 
 def apply_rotary(
@@ -298,6 +298,10 @@ def apply_rotary(
 ) -> tuple[Tensor, Tensor | None]:
     """Rotates q and k; differentiable in q, k and the table's freq.
 
+    Reentrant checkpointing sends gradients only to tensors it is given, and runs the graph behind others once per
+    layer: where the table's freq is computed, as by `sample`, pass it by itself and use dataclasses.replace(table,
+    freq=freq) inside, or take use_reentrant=False, which needs nothing.
+
     Args:
         q: [B, L, H, D], any strides with unit stride in D; fp32, fp16, bf16, or fp64 on the CPU (with an fp64 table).
         k: [B, L, G, D] of q's dtype and device, or None.
@@ -307,7 +311,8 @@ def apply_rotary(
         inplace: overwrite q and k, which may be views of one buffer but must not share elements.
         out: tensors to write to, like q and k; they may be q and k themselves but not overlap them otherwise. Not
             differentiable.
-        debug: also check values that live on a device (synchronises); otherwise a bad position there gives NaN rows.
+        debug: also check values that live on a device (synchronises); otherwise a bad position there, or anywhere in
+            compiled code, gives NaN rows.
 
     Returns:
         The rotated q and k: new tensors, or q and k (inplace), or out.
@@ -328,12 +333,14 @@ def apply_rotary(
     if out is not None:
         q_out, k_out = check_out(q, k, out, inplace, wants_grad)
         torch.ops.clex.rotary_out(q, k, coarse, fine, index, position_ids, offset, False, q_out, k_out)
-        return _written(q_out, k_out)
+        _mark_written(q_out, k_out)
+        return q_out, k_out
     if inplace:
         check_in_place(q, k, wants_grad)
         if not wants_grad:
             torch.ops.clex.rotary_(q, k, coarse, fine, index, position_ids, offset, False)
-            return _written(q, k)
+            _mark_written(q, k)
+            return q, k
     tables = (freq, coarse, fine, positions, index, position_ids, offset)
     if inplace and not torch.compiler.is_compiling():
         return _rotate_in_place(q, k, *tables)

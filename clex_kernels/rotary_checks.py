@@ -6,14 +6,9 @@ Values are looked at where that costs no synchronisation, that is on the host, o
 import torch
 from torch import Tensor
 
-from clex_kernels.tables import RotaryTable, RotaryTableStack
+from clex_kernels.tables import RotaryTable, RotaryTableStack, on_host
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def on_host(x: Tensor) -> bool:
-    """Whether x's values can be looked at for nothing: not on a device, nor while something is traced."""
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def check_operand(name: str, x: Tensor, q: Tensor) -> None:
@@ -51,9 +46,25 @@ def stacked(
         raise ValueError(f"table: expected it on q's device {q.device}, got {table.coarse.device}")
     if isinstance(table, RotaryTable):
         positions = None if table.positions is None else table.positions.unsqueeze(0)
-        return table.freq.unsqueeze(0), table.coarse.unsqueeze(0), table.fine.unsqueeze(0), positions, None
+        tensors = table.freq.unsqueeze(0), table.coarse.unsqueeze(0), table.fine.unsqueeze(0), positions
+        check_shapes(*tensors)
+        return *tensors, None
+    check_shapes(table.freq, table.coarse, table.fine, table.positions)
     check_index(q, table.index, table.coarse.shape[0], debug)
     return table.freq, table.coarse, table.fine, table.positions, table.index
+
+
+def check_shapes(freq: Tensor, coarse: Tensor, fine: Tensor, positions: Tensor | None) -> None:
+    """That a table put together by hand is one: kernels read rows and pairs by its shapes."""
+    tables, pairs = freq.shape if freq.dim() == 2 else (-1, -1)
+    rows, tile = (x.shape[1] if x.dim() == 4 else -1 for x in (coarse, fine))
+    fits = coarse.shape == (tables, rows, 2, pairs) and fine.shape == (tables, tile, 2, pairs)
+    if not fits or (positions is not None and positions.shape != (tables, rows * tile)):
+        shapes = [None if x is None else list(x.shape) for x in (freq, coarse, fine, positions)]
+        raise ValueError(
+            "table: expected freq [T, R], coarse [T, C, 2, R], fine [T, F, 2, R] and positions [T, C F] or None"
+            f" as from_frequencies makes them, got {', '.join(map(str, shapes))} (a single table counted as T = 1)"
+        )
 
 
 def check_index(q: Tensor, index: Tensor | None, tables: int, debug: bool) -> None:
@@ -78,7 +89,7 @@ def check_index(q: Tensor, index: Tensor | None, tables: int, debug: bool) -> No
 def check_positions(q: Tensor, length: int, position_ids: Tensor | None, offset: int, debug: bool) -> None:
     """Where the tokens stand: all of them within the table."""
     batch, tokens = q.shape[:2]
-    if not isinstance(offset, (int, torch.SymInt)):
+    if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
         raise TypeError(f"offset: expected an int, got {type(offset).__name__}")
     if position_ids is None:
         if offset < 0:
@@ -95,6 +106,9 @@ def check_positions(q: Tensor, length: int, position_ids: Tensor | None, offset:
         raise ValueError(f"position_ids: expected shape [B={batch} or 1, L={tokens}], got {list(position_ids.shape)}")
     if position_ids.device != q.device:
         raise ValueError(f"position_ids: expected it on q's device {q.device}, got {position_ids.device}")
+    # within this, no 64-bit sum with an id comes round to a row of the table.
+    if not -(2**62) <= offset <= 2**62:
+        raise ValueError(f"offset: expected within 2^62 of 0, got {offset}")
     if position_ids.numel() > 0 and (on_host(position_ids) or debug):
         low, high = (int(bound) + offset for bound in position_ids.aminmax())
         if low < 0 or high >= length:
@@ -103,7 +117,16 @@ def check_positions(q: Tensor, length: int, position_ids: Tensor | None, offset:
 
 def check_writable(name: str, x: Tensor) -> None:
     """That no two elements of x share memory."""
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+    if x.is_contiguous():
+        return
+    dims = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    shared, reach = any(stride == 0 for stride, _ in dims), 0
+    # comparing traced strides would tie compiled code to them.
+    if not torch.compiler.is_compiling():
+        for stride, size in sorted(dims):
+            shared |= stride <= reach
+            reach += stride * (size - 1)
+    if shared:
         raise ValueError(f"{name}: can't be written to, since elements share memory (strides {list(x.stride())})")
 
 
@@ -144,13 +167,13 @@ def check_out(
     q_out, k_out = out
     if (k_out is None) != (k is None):
         raise ValueError("out: expected k_out to be None where k is, and only there")
-    if wants_grad or any(x is not None and x.requires_grad for x in out):
-        raise ValueError("out: not differentiable, expected tensors that need no gradient (or torch.no_grad())")
     for name, source, target in (("out[0]", q, q_out), ("out[1]", k, k_out)):
         if source is None:
             continue
         if not isinstance(target, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(target).__name__}")
+        if wants_grad or target.requires_grad:
+            raise ValueError("out: not differentiable, expected tensors that need no gradient (or torch.no_grad())")
         if (target.shape, target.dtype, target.device) != (source.shape, source.dtype, source.device):
             raise ValueError(
                 f"{name}: expected {list(source.shape)} {source.dtype} on {source.device}, "
@@ -160,4 +183,6 @@ def check_out(
             raise ValueError(f"{name}: expected unit stride in D, got strides {list(target.stride())}")
         check_writable(name, target)
     check_distinct("out", q_out, k_out)
+    check_distinct("q, out[1]", q, k_out)
+    check_distinct("out[0], k", q_out, k)
     return q_out, k_out

@@ -1,18 +1,18 @@
 """Keeps per-length tables between calls: the Python face of csrc/table_cache.cpp, which holds the tensors."""
 
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from clex_kernels.extension import library
+from clex_kernels.extension import destroy_table_cache, library
 
 library.define("fingerprint(Tensor[] tensors) -> int")
 library.define("table_cache_create(int byte_budget) -> int")
-library.define("table_cache_destroy(int handle) -> ()")
 library.define("table_cache_get(int handle, str key, int length, int fingerprint, bool pin) -> Tensor[]")
 library.define("table_cache_put(int handle, str key, int length, int fingerprint, Tensor[] tensors) -> ()")
 library.define("table_cache_invalidate(int handle) -> ()")
@@ -30,13 +30,20 @@ def _untraceable(name: str) -> Callable[..., None]:
 
 # torch.compile would run the cache's operators while it traces and make constants of what they return, so they break
 # the graph instead.
-_verbs = ("create", "destroy", "get", "put", "invalidate", "stats")
+_verbs = ("create", "get", "put", "invalidate", "stats")
 for _name in ("fingerprint", *(f"table_cache_{verb}" for verb in _verbs)):
     torch.library.register_fake(f"clex::{_name}", _untraceable(_name), lib=library)
 
 
+# by tensor: a new one may get the address and the version of one that is gone.
+_serials = WeakTensorKeyDictionary()
+_next_serial = itertools.count()
+
+
 def _fingerprint_by_version(weights: list[Tensor]) -> int:
-    return hash(tuple((weight.data_ptr(), -1 if weight.is_inference() else weight._version) for weight in weights))
+    serials = (_serials.setdefault(weight, next(_next_serial)) for weight in weights)
+    versions = (-1 if weight.is_inference() else weight._version for weight in weights)
+    return hash((*serials, *versions, *(weight.data_ptr() for weight in weights)))
 
 
 # the CPU has its own, which reads the contents.
@@ -70,7 +77,7 @@ class TableCache:
             raise ValueError(f"byte_budget: expected >= 0, got {byte_budget}")
         self.byte_budget = byte_budget
         self._handle: int = torch.ops.clex.table_cache_create(byte_budget)
-        weakref.finalize(self, _destroy, self._handle).atexit = False
+        weakref.finalize(self, destroy_table_cache, self._handle).atexit = False
 
     def __reduce__(self) -> tuple[type["TableCache"], tuple[int]]:
         return TableCache, (self.byte_budget,)
@@ -131,12 +138,6 @@ class TableCache:
         return CacheStats(*torch.ops.clex.table_cache_stats(self._handle))
 
 
-def _destroy(handle: int) -> None:
-    # garbage may be collected while something is traced, where the operator is refused.
-    with _disable_current_modes():
-        torch.ops.clex.table_cache_destroy(handle)
-
-
 def _capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
@@ -144,8 +145,8 @@ def _capturing() -> bool:
 def weights_fingerprint(up: Tensor, down: Tensor) -> int:
     """A number that changes with the weights up [R, M] and down [M, R].
 
-    On the CPU a hash of their contents: it sees every write, `.data` and inference mode included. Elsewhere of their
-    addresses and version counters, which waits for nothing but misses writes through `.data`, to inference tensors, by
-    collectives and by replayed CUDA graphs: invalidate the cache after those.
+    On the CPU a hash of their contents: it sees every write, `.data` and inference mode included. Elsewhere of which
+    tensors they are, their addresses and version counters, which waits for nothing but misses writes through `.data`,
+    to inference tensors, by collectives and by replayed CUDA graphs: invalidate the cache after those.
     """
     return torch.ops.clex.fingerprint([up, down])

@@ -13,18 +13,22 @@ then R sines.
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from numbers import Real
 from warnings import warn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from clex_kernels.extension import has_cuda, library
 from clex_kernels.table_cache import CacheStats, TableCache, weights_fingerprint
 
-__all__ = ["TILE", "CacheStats", "RotaryTable", "RotaryTableStack", "TableCache", "weights_fingerprint"]
+__all__ = ["TILE", "CacheStats", "RotaryTable", "RotaryTableStack", "TableCache", "on_host", "weights_fingerprint"]
 
 TILE = 64
+
+# where fp64 ends to tell positions apart.
+MAX_LENGTH = 2**53
 
 library.define(
     "tables(Tensor freq, SymInt length, Tensor? positions, float amplitude, ScalarType dtype)"
@@ -78,6 +82,16 @@ def _tables_cuda(
 library.impl("tables", _tables_cuda, "CUDA")
 
 
+def on_host(x: Tensor) -> bool:
+    """Whether x's values can be looked at for nothing: not on a device, nor while something is traced."""
+    return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
 def _check_freq(freq: Tensor, shape: str) -> None:
     if not isinstance(freq, Tensor):
         raise TypeError(f"freq: expected a tensor, got {type(freq).__name__}")
@@ -88,6 +102,9 @@ def _check_freq(freq: Tensor, shape: str) -> None:
         )
     if freq.dim() != shape.count(",") + 1 or 0 in freq.shape:
         raise ValueError(f"freq: expected shape {shape}, none of them 0, got {list(freq.shape)}")
+    # the sum is cheaper, but may be infinite by itself.
+    if on_host(freq) and not math.isfinite(freq.detach().sum()) and not freq.isfinite().all():
+        raise ValueError("freq: expected finite numbers, got NaN or infinity")
 
 
 def _check_positions(positions: Tensor, freq: Tensor, shape: str, rows: tuple[int, ...]) -> Tensor:
@@ -100,7 +117,7 @@ def _check_positions(positions: Tensor, freq: Tensor, shape: str, rows: tuple[in
         raise ValueError(f"positions: expected shape {shape}, got {list(positions.shape)}")
     if positions.device != freq.device:
         raise ValueError(f"positions: expected on {freq.device}, where freq is, got {positions.device}")
-    if positions.device.type == "cpu" and not torch.compiler.is_compiling() and not positions.isfinite().all():
+    if on_host(positions) and not positions.isfinite().all():
         raise ValueError("positions: expected finite numbers, got NaN or infinity")
     return positions.double()
 
@@ -124,14 +141,15 @@ def _build(
         )
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
-    if not 0.0 < amplitude < math.inf:
-        raise ValueError(f"amplitude: expected a finite number > 0, got {amplitude}")
+    _check_number("amplitude", amplitude)
+    if not 0.0 < amplitude <= torch.finfo(dtype).max:
+        raise ValueError(f"amplitude: expected a finite number > 0 of {dtype}, got {amplitude}")
     if length is None:
         length = 0
     elif isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
         raise TypeError(f"length: expected an int, got {type(length).__name__}")
-    elif length < 0:
-        raise ValueError(f"length: expected >= 0, got {length}")
+    elif not 0 <= length <= MAX_LENGTH:
+        raise ValueError(f"length: expected 0 to {MAX_LENGTH}, got {length}")
     return torch.ops.clex.tables(freq.detach(), length, positions, float(amplitude), dtype)
 
 
@@ -204,6 +222,7 @@ class RotaryTable(_Factored):
         wrong dtype (freq must be fp64) and ValueError for wrong shapes, devices and values.
         """
         _check_freq(freq, "[R]")
+        _check_number("t", t)
         if not 1.0 <= t < math.inf:
             raise ValueError(f"t: expected a finite number >= 1, got {t}")
         with _normal_mode():
@@ -254,10 +273,14 @@ class RotaryTableStack(_Factored):
         _check_factors(t, freq)
         if index is not None:
             _check_index(index, freq)
-        if train_length is not None and train_length < 1:
-            raise ValueError(f"train_length: expected >= 1, got {train_length}")
+        if train_length is not None:
+            if isinstance(train_length, bool) or not isinstance(train_length, int):
+                raise TypeError(f"train_length: expected an int, got {type(train_length).__name__}")
+            if not 1 <= train_length <= MAX_LENGTH:
+                raise ValueError(f"train_length: expected 1 to {MAX_LENGTH}, got {train_length}")
         with _normal_mode():
             freq, t = _savable(freq), _savable(t)
+            index = index if index is None else _savable(index)
             if positions is not None:
                 positions = _savable(_check_positions(positions, freq, "[T, L] or [1, L]", (1, factors)))
             coarse, fine = _build(freq, length, positions, amplitude, dtype)
@@ -273,14 +296,15 @@ class RotaryTableStack(_Factored):
         """
         if self.train_length is None:
             raise ValueError("train_length: expected from from_frequencies(..., train_length=...), got None")
-        if lengths.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"lengths: expected torch.int64 or torch.int32, got {lengths.dtype}")
+        if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int64, torch.int32):
+            got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+            raise TypeError(f"lengths: expected torch.int64 or torch.int32, got {got}")
         if lengths.dim() != 1 or lengths.device != self.device:
             raise ValueError(
                 f"lengths: expected shape [B] on {self.device}, got {list(lengths.shape)} on {lengths.device}"
             )
         factors = self.freq.shape[0]
-        if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
+        if on_host(lengths) and lengths.numel():
             if lengths.min() < 0:
                 raise ValueError(f"lengths: expected >= 0, got {int(lengths.min())}")
             if lengths.max() > factors * self.train_length:
@@ -288,8 +312,9 @@ class RotaryTableStack(_Factored):
                     f"lengths past {factors} * {self.train_length} tokens keep the frequencies of t = {factors}",
                     stacklevel=2,
                 )
-        steps = torch.div(lengths.long() + self.train_length - 1, self.train_length, rounding_mode="floor")
-        return replace(self, index=steps.clamp(1, factors) - 1)
+        with _normal_mode():
+            full = torch.div(lengths.long() - 1, self.train_length, rounding_mode="floor")
+            return replace(self, index=full.clamp(0, factors - 1))
 
 
 for _cls in (RotaryTable, RotaryTableStack):
@@ -304,16 +329,17 @@ def _check_factors(t: Tensor, freq: Tensor) -> None:
     if t.shape != freq.shape[:1] or t.device != freq.device:
         expected = f"shape [T] = [{freq.shape[0]}] on {freq.device}"
         raise ValueError(f"t: expected {expected}, got {list(t.shape)} on {t.device}")
-    if t.device.type == "cpu" and not torch.compiler.is_compiling() and not ((t >= 1) & t.isfinite()).all():
+    if on_host(t) and not ((t >= 1) & t.isfinite()).all():
         raise ValueError(f"t: expected finite numbers >= 1, got {t.tolist()}")
 
 
 def _check_index(index: Tensor, freq: Tensor) -> None:
-    if index.dtype != torch.int64:
-        raise TypeError(f"index: expected torch.int64, got {index.dtype}")
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index: expected torch.int64, got {got}")
     if index.dim() != 1 or index.device != freq.device:
         raise ValueError(f"index: expected shape [B] on {freq.device}, got {list(index.shape)} on {index.device}")
-    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+    if on_host(index) and index.numel():
         first, last = index.aminmax()
         if first < 0 or last >= freq.shape[0]:
             raise ValueError(f"index: expected in [0, T) = [0, {freq.shape[0]}), got {int(first)} to {int(last)}")

@@ -2,6 +2,7 @@
 #include <Python.h>
 
 #include "isa.h"
+#include "table_cache.h"
 
 namespace {
 
@@ -31,11 +32,20 @@ PyObject* has_cuda(PyObject*, PyObject*) {
 
 PyObject* build_reason(PyObject*, PyObject*) { return PyUnicode_FromString(CLEX_BUILD_REASON); }
 
+// no operator, since dispatch modes would intercept it: a cache may be collected while something is traced.
+PyObject* destroy_table_cache(PyObject*, PyObject* argument) {
+  const long long handle = PyLong_AsLongLong(argument);
+  if (handle == -1 && PyErr_Occurred()) return nullptr;
+  clex::destroy_table_cache(handle);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"isa", isa_name, METH_NOARGS, "instruction set in use: baseline, avx2 or avx512"},
     {"set_isa", set_isa, METH_O, "use a narrower instruction set: 0, 1 or 2 (for tests)"},
     {"has_cuda", has_cuda, METH_NOARGS, "whether the CUDA C++ kernels were built"},
     {"build_reason", build_reason, METH_NOARGS, "why CUDA C++ was or was not built"},
+    {"destroy_table_cache", destroy_table_cache, METH_O, "drop the table cache of a handle"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -50,7 +50,6 @@ int64_t fingerprint(Tensors tensors) {
 
 STABLE_TORCH_LIBRARY_IMPL(clex, CompositeExplicitAutograd, m) {
   m.impl("table_cache_create", TORCH_BOX(&clex::create_table_cache));
-  m.impl("table_cache_destroy", TORCH_BOX(&clex::destroy_table_cache));
   m.impl("table_cache_get", TORCH_BOX(&table_cache_get));
   m.impl("table_cache_put", TORCH_BOX(&table_cache_put));
   m.impl("table_cache_invalidate", TORCH_BOX(&table_cache_invalidate));

@@ -74,6 +74,8 @@ def test_it_is_frozen():
         ("activation", None, ValueError),
         ("step_size", 0.0, ValueError),
         ("step_size", math.nan, ValueError),
+        ("rope_base", 10**400, ValueError),
+        ("max_factor", 2**63, ValueError),
         ("scale_policy", "ceil", ValueError),
         ("log_scale", 1, ValueError),
         ("log_scale", "yes", ValueError),
@@ -98,8 +100,8 @@ def test_log_scale_needs_a_logarithm_to_divide_by():
 @pytest.mark.parametrize(
     ("policy", "factors"),
     [
-        ("integer", {0: 1.0, 1: 1.0, 10: 1.0, 11: 2.0, 20: 2.0, 21: 3.0, 40: 4.0, 41: 4.0, 10**9: 4.0}),
-        ("continuous", {0: 1.0, 1: 1.0, 10: 1.0, 11: 1.1, 25: 2.5, 40: 4.0, 41: 4.0}),
+        ("integer", {0: 1.0, 1: 1.0, 10: 1.0, 11: 2.0, 20: 2.0, 21: 3.0, 40: 4.0, 41: 4.0, 10**400: 4.0}),
+        ("continuous", {0: 1.0, 1: 1.0, 10: 1.0, 11: 1.1, 25: 2.5, 40: 4.0, 41: 4.0, 10**400: 4.0}),
     ],
 )
 def test_length_factor_grows_by_policy_and_stays_at_its_ends(policy, factors):

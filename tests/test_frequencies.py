@@ -224,6 +224,14 @@ def test_gradients_at_t_1_are_zero_and_present():
     assert torch.equal(down.grad, torch.zeros_like(down))
 
 
+def test_second_derivative_is_refused():
+    up, down = (weight.requires_grad_() for weight in random_weights(4, 8))
+    freq = solve_frequencies(up, down, torch.full((1,), 2.0, dtype=torch.float64), settings(4, 8))
+    (gradient,) = torch.autograd.grad(freq.sum(), up, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_opcheck(dtype):
     up, down = (weight.requires_grad_() for weight in random_weights(4, 10, dtype=dtype))
@@ -271,6 +279,10 @@ def test_a_trajectory_serves_its_range_and_is_nan_outside():
     nodes, polynomials = trajectory(up, down, settings(4, 8, max_factor=2))
     freq = evaluate(nodes, polynomials, torch.tensor([0.9, 1, 2, 1e6, math.nan], dtype=torch.float64))
     assert freq.isnan().all(1).tolist() == [True, False, False, True, True]
+    with pytest.raises(TypeError, match=r"times: expected torch.float64, got torch.int64"):
+        evaluate(nodes, polynomials, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"times: expected shape \[T\], got \[\]"):
+        evaluate(nodes, polynomials, torch.tensor(1.5, dtype=torch.float64))
 
 
 def with_nan(weight):

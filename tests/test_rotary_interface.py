@@ -1,6 +1,7 @@
 """How apply_rotary may be called: in place, into given memory, compiled, and wrongly."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -124,18 +125,19 @@ def test_in_place_notices_that_its_input_was_needed() -> None:
         loss.sum().backward()
 
 
-def test_autograd_notices_writes_without_grad() -> None:
-    for rotate in (
-        lambda q, k: apply_rotary(q, k, make_table(), inplace=True),
-        lambda q, k: apply_rotary(*inputs(), make_table(), out=(q, k)),
-    ):
-        for needed in (0, 1):
-            given = [x.requires_grad_() * 1 for x in inputs()]
-            loss = given[needed].square().sum()
-            with torch.no_grad():
-                rotate(*(x.detach() for x in given))
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                loss.backward()
+@pytest.mark.parametrize("way", ["inplace", "out"])
+def test_what_others_saved_is_seen_to_be_overwritten(way: str) -> None:
+    weight = torch.ones(D, requires_grad=True)
+    for overwritten in (0, 1):
+        tensors = [x.clone() for x in inputs()]
+        loss = (weight * tensors[overwritten]).sum()
+        # nothing here requires grad, so that no autograd function of ours is involved.
+        if way == "inplace":
+            apply_rotary(*tensors, make_table(), inplace=True)
+        else:
+            apply_rotary(*inputs(), make_table(), out=tuple(tensors))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 def test_outputs_have_unit_stride_also_where_inputs_overlap() -> None:
@@ -315,6 +317,17 @@ def test_compiled_in_place_on_a_packed_input() -> None:
 
 Q, K = inputs()
 ODD = torch.randn(B, L, H, 2 * D)[..., ::2]
+NO_IDS = torch.zeros(1, 0, dtype=torch.int64)
+
+
+def leaf(*shape: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.full(shape, 999), requires_grad=False)
+
+
+def by_hand(**changes: Tensor) -> RotaryTable:
+    return replace(make_table(), **changes)
+
+
 BAD: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "q-list": (TypeError, "q: expected a tensor", lambda: apply_rotary([1.0], K, make_table())),
     "q-integer": (TypeError, "q: .*got torch.int64", lambda: apply_rotary(Q.long(), None, make_table())),
@@ -331,6 +344,20 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "no-index": (ValueError, r"needs an index \[B=2\]", lambda: apply_rotary(Q, K, make_stack())),
     "index-shape": (ValueError, "index: expected", lambda: apply_rotary(Q, K, make_stack(index=torch.arange(3)))),
     "offset-type": (TypeError, "offset: expected an int", lambda: call(Q, offset=1.5)),
+    "table-by-hand": (
+        ValueError,
+        "table: expected freq",
+        lambda: apply_rotary(Q, K, by_hand(coarse=make_table().coarse[:, :1])),
+    ),
+    "table-rows": (
+        ValueError,
+        r"got \[1, 8\].* \[1, 3\]",
+        lambda: apply_rotary(Q, K, by_hand(positions=torch.ones(3))),
+    ),
+    "index-leaf": (ValueError, "got 999 to", lambda: apply_rotary(Q, K, replace(make_stack(), index=leaf(B)))),
+    "ids-leaf": (ValueError, "got 999 to 999", lambda: call(Q, position_ids=leaf(1, L))),
+    "offset-bool": (TypeError, "offset: expected an int, got bool", lambda: call(Q, offset=True)),
+    "offset-huge": (ValueError, r"within 2\^62", lambda: call(Q[:, :0], position_ids=NO_IDS, offset=2**63)),
     "offset-negative": (ValueError, "offset: expected at least 0", lambda: call(Q, offset=-1)),
     "offset-past": (ValueError, r"128 positions, got 120 \+ 9", lambda: call(Q, offset=120)),
     "ids-type": (TypeError, "position_ids: expected an int64", lambda: call(Q, position_ids=torch.ones(1, L))),
@@ -343,6 +370,13 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "out-expanded": (ValueError, "share memory", lambda: call(Q, out=(Q[:, :, :1].expand_as(Q), None))),
     "out-grad": (ValueError, "not differentiable", lambda: call(Q.clone().requires_grad_(), out=(Q.clone(), None))),
     "in-place-expanded": (ValueError, "share memory", lambda: call(Q[:, :, :1].expand_as(Q), inplace=True)),
+    "in-place-overlapping": (
+        ValueError,
+        "share memory",
+        lambda: call(torch.randn(999).as_strided((1, L, H, D), (0, H * D, D - 4, 1)), inplace=True),
+    ),
+    "out-text": (TypeError, r"out\[0\]: expected a tensor, got str", lambda: call(Q, out=("text", None))),
+    "out-crossed": (ValueError, "share no memory", lambda: apply_rotary(Q, Q + 1, make_table(), out=(Q.clone(), Q))),
     "in-place-same": (ValueError, "share no memory", lambda: apply_rotary(Q, Q, make_table(), inplace=True)),
 }
 

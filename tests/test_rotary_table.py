@@ -68,10 +68,14 @@ def test_tables_built_in_inference_mode_can_be_saved_by_autograd():
     with torch.inference_mode():
         table = RotaryTable.from_frequencies(frequencies(8), length=100)
         stack = RotaryTableStack.from_frequencies(
-            frequencies(8)[None], torch.ones(1, dtype=torch.float64), positions=torch.ones(1, 3, dtype=torch.float64)
+            frequencies(8)[None],
+            torch.ones(1, dtype=torch.float64),
+            positions=torch.ones(1, 3, dtype=torch.float64),
+            index=torch.zeros(2, dtype=torch.int64),
         )
+        chosen = make_stack(train_length=100).select(torch.tensor([1, 101]))
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
-    for leaf in pytree.tree_leaves((table, stack)):
+    for leaf in pytree.tree_leaves((table, stack, chosen)):
         if isinstance(leaf, Tensor):
             (weight * leaf).sum().backward()
     assert weight.grad.isfinite()
@@ -114,7 +118,10 @@ BAD_TABLES = {
     "freq empty": (ValueError, r"freq: expected shape \[R\]", {"freq": FREQ[:0], "length": 4}),
     "neither": (ValueError, "length, positions: expected exactly one", {}),
     "both": (ValueError, "length, positions: expected exactly one", {"length": 1, "positions": FREQ}),
-    "negative length": (ValueError, "length: expected >= 0, got -1", {"length": -1}),
+    "freq nan": (ValueError, "freq: expected finite", {"freq": FREQ * math.nan, "length": 4}),
+    "freq inf": (ValueError, "freq: expected finite", {"freq": FREQ + math.inf, "length": 4}),
+    "negative length": (ValueError, "length: expected 0 to .*, got -1", {"length": -1}),
+    "length past fp64": (ValueError, "length: expected 0 to .*, got 9223372036854775807", {"length": 2**63 - 1}),
     "float length": (TypeError, "length: expected an int, got float", {"length": 4.0}),
     "bool length": (TypeError, "length: expected an int, got bool", {"length": True}),
     "positions list": (TypeError, "positions: expected a tensor", {"positions": [1.0]}),
@@ -125,8 +132,11 @@ BAD_TABLES = {
     "positions inf": (ValueError, "positions: expected finite", {"positions": FREQ + math.inf}),
     "amplitude zero": (ValueError, "amplitude: expected a finite number > 0", {"length": 4, "amplitude": 0.0}),
     "amplitude nan": (ValueError, "amplitude: expected a finite number > 0", {"length": 4, "amplitude": math.nan}),
+    "amplitude text": (TypeError, "amplitude: expected a number, got str", {"length": 4, "amplitude": "1"}),
+    "amplitude past fp32": (ValueError, "amplitude: expected .* of torch.float32", {"length": 4, "amplitude": 1e300}),
     "dtype": (TypeError, "dtype: expected torch.float32 or", {"length": 4, "dtype": torch.bfloat16}),
     "t": (ValueError, "t: expected a finite number >= 1, got 0.5", {"length": 4, "t": 0.5}),
+    "t none": (TypeError, "t: expected a number, got NoneType", {"length": 4, "t": None}),
     "t nan": (ValueError, "t: expected a finite number >= 1", {"length": 4, "t": math.nan}),
 }
 
@@ -154,7 +164,10 @@ BAD_STACKS = {
     "index shape": (ValueError, r"index: expected shape \[B\]", {"index": torch.tensor(0)}),
     "index range": (ValueError, r"index: expected in \[0, T\) = \[0, 2\), got 0 to 2", {"index": torch.tensor([0, 2])}),
     "index negative": (ValueError, "index: expected in", {"index": torch.tensor([-1])}),
-    "train_length": (ValueError, "train_length: expected >= 1", {"train_length": 0}),
+    "index list": (TypeError, "index: expected torch.int64, got list", {"index": [0, 1]}),
+    "train_length": (ValueError, "train_length: expected 1 to .*, got 0", {"train_length": 0}),
+    "train_length large": (ValueError, "train_length: expected 1 to", {"train_length": 2**63}),
+    "train_length float": (TypeError, "train_length: expected an int, got float", {"train_length": 1.5}),
 }
 
 
@@ -164,12 +177,20 @@ def test_bad_stack_input_is_named(error: type[Exception], match: str, kwargs: di
         RotaryTableStack.from_frequencies(**{"freq": FREQ.expand(2, 4), "t": T2, "length": 4, **kwargs})
 
 
+@pytest.mark.filterwarnings("ignore:lengths past")
+def test_the_longest_length_there_is_keeps_the_last_table():
+    lengths = torch.tensor([0, 1, 100, 101, 2**63 - 1])
+    assert make_stack(train_length=100).select(lengths).index.tolist() == [0, 0, 0, 1, 2]
+
+
 def test_bad_lengths_are_named():
     with pytest.raises(ValueError, match="train_length: expected from"):
         make_stack().select(torch.tensor([3]))
     stack = make_stack(train_length=100)
     with pytest.raises(TypeError, match="lengths: expected torch"):
         stack.select(torch.tensor([3.0]))
+    with pytest.raises(TypeError, match=r"lengths: expected torch.*got list"):
+        stack.select([3])
     with pytest.raises(ValueError, match=r"lengths: expected shape \[B\]"):
         stack.select(torch.tensor([[3]]))
     with pytest.raises(ValueError, match="lengths: expected >= 0, got -3"):

@@ -1,15 +1,19 @@
 """rope.sample: the law of its draws, and the way of gradients back to the weights."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from ropes import CONFIG, make_rope, seeded, solved
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from clex_kernels import reference
 from clex_kernels.config import ClexConfig
 from clex_kernels.modules import ClexRotaryEmbedding
+from clex_kernels.rotary import apply_rotary
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 
@@ -167,6 +171,28 @@ def test_gradients_reach_both_weights(batch):
         torch.testing.assert_close(weight.grad.double(), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("way", ["table inside", "freq passed", "freq passed, reentrant"])
+def test_checkpointed_layers_share_a_table(way):
+    gradients = []
+    for checkpointed in (False, True):
+        rope, x = make_rope().train(), torch.randn(1, 24, 4, 16, generator=seeded(3)).requires_grad_()
+        table = rope.sample(24, generator=seeded(2))
+
+        def layer(x, freq, table=table):
+            table = table if way == "table inside" else replace(table, freq=freq)
+            return apply_rotary(1.5 * x, None, table)[0].tanh()
+
+        hidden = x
+        for _ in range(3):
+            arguments = hidden, None if way == "table inside" else table.freq
+            reentrant = way.endswith("reentrant")
+            hidden = checkpoint(layer, *arguments, use_reentrant=reentrant) if checkpointed else layer(*arguments)
+        hidden.square().sum().backward()
+        gradients.append([x.grad, *(weight.grad for weight in rope.parameters())])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
+
+
 def test_at_t_1_gradients_are_zero_and_not_missing():
     rope = make_rope().train()
     table = rope.sample(40, generator=seeded(8), plain_share=1.0)
@@ -206,6 +232,13 @@ def test_in_training_mode_plain_tables_carry_gradients_and_no_other_mode_does():
     assert not rope(100).freq.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:.*past train_length")
+def test_numpy_integers_are_lengths():
+    rope = make_rope()
+    assert rope(np.int64(300)).length == rope.stack(np.int32(300)).length == 512
+    assert rope.sample(np.int64(8), batch=np.int64(2)).positions.shape == (2, 8)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
@@ -216,6 +249,9 @@ def test_in_training_mode_plain_tables_carry_gradients_and_no_other_mode_does():
         (lambda rope: rope.sample(8, positions="random"), ValueError, "positions: expected 'uniform' or 'runs'"),
         (lambda rope: rope.sample(8, factors="real"), ValueError, "factors: expected 'integer' or 'continuous'"),
         (lambda rope: rope.sample(8, plain_share=1.5), ValueError, "plain_share: expected .*, got 1.5"),
+        (lambda rope: rope.sample(8, plain_share=None), TypeError, "plain_share: expected a number, got None"),
+        (lambda rope: rope.sample(2**62), ValueError, "length: expected at most 9007199254740992, got 4611"),
+        (lambda rope: rope(2**80), ValueError, "length: expected at most 9007199254740992, got 1208"),
         (lambda rope: rope.sample(8, plain_share=math.nan), ValueError, "plain_share: expected .*, got nan"),
     ],
 )
