@@ -308,7 +308,8 @@ def apply_rotary(
         table: angles of the positions 0..length-1, for all sequences, or a stack that holds one table per sequence.
         position_ids: int64 [B or 1, L], each token's row of the table; default 0..L-1.
         offset: added to every position (tokens).
-        inplace: overwrite q and k, which may be views of one buffer but must not share elements.
+        inplace: overwrite q and k, which may be slices of one buffer but must not share elements. Where gradients are
+            wanted, autograd refuses views by split, chunk or unbind, and by then their values are rotated.
         out: tensors to write to, like q and k; they may be q and k themselves but not overlap them otherwise. Not
             differentiable.
         debug: also check values that live on a device (synchronises); otherwise a bad position there, or anywhere in
