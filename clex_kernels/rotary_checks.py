@@ -6,7 +6,7 @@ Values are looked at where that costs no synchronisation, that is on the host, o
 import torch
 from torch import Tensor
 
-from clex_kernels.tables import RotaryTable, RotaryTableStack, on_host
+from clex_kernels.tables import RotaryTable, RotaryTableStack, check_index, on_host
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -50,7 +50,7 @@ def stacked(
         check_shapes(*tensors)
         return *tensors, None
     check_shapes(table.freq, table.coarse, table.fine, table.positions)
-    check_index(q, table.index, table.coarse.shape[0], debug)
+    check_choice(q, table.index, table.coarse.shape[0], debug)
     return table.freq, table.coarse, table.fine, table.positions, table.index
 
 
@@ -67,23 +67,16 @@ def check_shapes(freq: Tensor, coarse: Tensor, fine: Tensor, positions: Tensor |
         )
 
 
-def check_index(q: Tensor, index: Tensor | None, tables: int, debug: bool) -> None:
-    """The sequences' choice among the tables of a stack."""
+def check_choice(q: Tensor, index: Tensor | None, tables: int, debug: bool) -> None:
+    """That every sequence of the batch has one of the tables of a stack."""
     batch = q.shape[0]
     if index is None:
         if tables not in (1, batch):
             raise ValueError(f"table: a stack of T={tables} needs an index [B={batch}], call table.select(lengths)")
         return
-    if index.dtype != torch.int64:
-        raise TypeError(f"table.index: expected int64, got {index.dtype}")
-    if index.shape != (batch,) or index.device != q.device:
-        raise ValueError(
-            f"table.index: expected shape [B={batch}] on {q.device}, got {list(index.shape)} on {index.device}"
-        )
-    if index.numel() > 0 and (on_host(index) or debug):
-        low, high = (int(bound) for bound in index.aminmax())
-        if low < 0 or high >= tables:
-            raise ValueError(f"table.index: expected values in [0, T={tables}), got {low} to {high}")
+    check_index(index, tables, q.device, debug)
+    if len(index) != batch:
+        raise ValueError(f"index: expected shape [B={batch}], got {list(index.shape)}")
 
 
 def check_positions(q: Tensor, length: int, position_ids: Tensor | None, offset: int, debug: bool) -> None:

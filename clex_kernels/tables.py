@@ -184,12 +184,6 @@ class _Factored:
         """Of the cosines and sines."""
         return self.coarse.dtype
 
-    def check_positions(self, first: int, last: int) -> None:
-        """Raise ValueError unless rows `first` to `last`, both included, are in the table."""
-        if first < 0 or last >= self.length:
-            what = "rows of sampled positions" if self.tile == 1 else "positions"
-            raise ValueError(f"positions: expected in [0, {self.length}), the table's {what}, got {first} to {last}")
-
 
 @dataclass(frozen=True, eq=False)
 class RotaryTable(_Factored):
@@ -272,7 +266,7 @@ class RotaryTableStack(_Factored):
         factors = freq.shape[0]
         _check_factors(t, freq)
         if index is not None:
-            _check_index(index, freq)
+            check_index(index, factors, freq.device)
         if train_length is not None:
             if isinstance(train_length, bool) or not isinstance(train_length, int):
                 raise TypeError(f"train_length: expected an int, got {type(train_length).__name__}")
@@ -333,13 +327,14 @@ def _check_factors(t: Tensor, freq: Tensor) -> None:
         raise ValueError(f"t: expected finite numbers >= 1, got {t.tolist()}")
 
 
-def _check_index(index: Tensor, freq: Tensor) -> None:
+def check_index(index: Tensor, tables: int, device: torch.device, debug: bool = False) -> None:
+    """Each sequence's choice among `tables` tables; values on a device are looked at under `debug` only."""
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         got = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"index: expected torch.int64, got {got}")
-    if index.dim() != 1 or index.device != freq.device:
-        raise ValueError(f"index: expected shape [B] on {freq.device}, got {list(index.shape)} on {index.device}")
-    if on_host(index) and index.numel():
-        first, last = index.aminmax()
-        if first < 0 or last >= freq.shape[0]:
-            raise ValueError(f"index: expected in [0, T) = [0, {freq.shape[0]}), got {int(first)} to {int(last)}")
+    if index.dim() != 1 or index.device != device:
+        raise ValueError(f"index: expected shape [B] on {device}, got {list(index.shape)} on {index.device}")
+    if index.numel() and (on_host(index) or debug):
+        first, last = (int(bound) for bound in index.aminmax())
+        if first < 0 or last >= tables:
+            raise ValueError(f"index: expected in [0, T) = [0, {tables}), got {first} to {last}")

@@ -102,14 +102,6 @@ def test_tables_can_be_copied():
     assert table.t == 2.0
 
 
-def test_check_positions_names_the_length():
-    table = RotaryTable.from_frequencies(frequencies(4), length=100)
-    table.check_positions(0, 127)
-    for first, last in ((0, 128), (-1, 5)):
-        with pytest.raises(ValueError, match=rf"positions: expected in \[0, 128\).*got {first} to {last}"):
-            table.check_positions(first, last)
-
-
 FREQ = frequencies(4)
 BAD_TABLES = {
     "freq list": (TypeError, "freq: expected a tensor", {"freq": [1.0], "length": 4}),
