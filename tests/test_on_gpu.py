@@ -1,0 +1,86 @@
+"""From weights to a rotary that trains on a GPU, where torch sees one, against the same calls on the CPU."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from clex_kernels import ClexConfig, ClexRotaryEmbedding, apply_rotary
+from clex_kernels.frequencies import solve_frequencies
+from clex_kernels.tables import RotaryTable
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+CONFIG = ClexConfig(head_dim=80, rotary_dim=32, train_length=64, max_factor=8, hidden_factor=2)
+
+
+def make_weights(device: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (CONFIG.pairs, CONFIG.hidden_size), (CONFIG.hidden_size, CONFIG.pairs)
+    return tuple((0.1 * torch.randn(size, generator=generator)).to(device).requires_grad_() for size in sizes)
+
+
+def make_embedding(device: str) -> ClexRotaryEmbedding:
+    rope = ClexRotaryEmbedding(CONFIG)
+    with torch.no_grad():
+        for parameter, weight in zip(rope.parameters(), make_weights("cpu"), strict=True):
+            parameter.copy_(weight)
+    return rope.to(device)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu"])
+def test_frequencies_and_their_gradients_are_the_cpus(activation: str) -> None:
+    config = ClexConfig(**{**vars(CONFIG), "activation": activation})
+    results = []
+    for device in ("cpu", "cuda"):
+        up, down = make_weights(device)
+        times = torch.tensor([1.0, 2.5, 2.5, 8.0], dtype=torch.float64, device=device)
+        freq = solve_frequencies(up, down, times, config)
+        freq.log().square().sum().backward()
+        results.append([x.detach().cpu() for x in (freq, up.grad, down.grad)])
+    for expected, actual, tolerance in zip(*results, (1e-10, 1e-5, 1e-5), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("method", ["forward", "stack", "at"])
+def test_evaluation_tables_are_the_cpus(method: str) -> None:
+    tables = []
+    for device in ("cpu", "cuda"):
+        rope = make_embedding(device).eval()
+        lengths = torch.tensor([3, 100, 500], device=device)
+        arguments = {"forward": (200,), "stack": (), "at": (lengths, 512)}[method]
+        tables.append(getattr(rope, method)(*arguments))
+    for name in ("freq", "coarse", "fine"):
+        expected, actual = (getattr(table, name) for table in tables)
+        assert actual.is_cuda
+        torch.testing.assert_close(actual.cpu(), expected, rtol=1e-9, atol=2e-7 if name != "freq" else 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "in place"])
+def test_rotary_and_its_gradients_are_the_cpus(dtype: torch.dtype, inplace: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shape = (2, 129, 6, CONFIG.head_dim)
+    x, dy = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    results = []
+    for device in ("cpu", "cuda"):
+        freq = (10000.0 ** -(torch.arange(16, dtype=torch.float64) / 16)).to(device).requires_grad_()
+        source = x.to(device, copy=True).requires_grad_()
+        # not a leaf, and q and k are views of it.
+        packed = source * 1
+        table = RotaryTable.from_frequencies(freq, length=256)
+        q, k = apply_rotary(packed[:, :, :4], packed[:, :, 4:], table, offset=100, inplace=inplace)
+        torch.autograd.backward((q, k), (dy[:, :, :4].to(device), dy[:, :, 4:].to(device)))
+        results.append([y.detach().cpu().double() for y in (q, k, source.grad, freq.grad)])
+    eps = torch.finfo(dtype).eps
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0.0, atol=4 * eps * expected.abs().max().item())
+
+
+def test_a_training_step_reaches_both_weights_of_the_ode() -> None:
+    rope = make_embedding("cuda")
+    table = rope.sample(96, batch=3, generator=torch.Generator().manual_seed(2), positions="runs")
+    q = torch.randn(3, 96, 4, CONFIG.head_dim, device="cuda", requires_grad=True)
+    apply_rotary(q, None, table)[0].pow(3).sum().backward()
+    for parameter in rope.parameters():
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.abs().max() > 0
