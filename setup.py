@@ -15,6 +15,7 @@ STABLE_ABI_TARGET = "0x020a000000000000"  # torch 2.10
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 CPP_SOURCES = [str(path) for path in sorted(Path("csrc").glob("*.cpp"))]
 CUDA_SOURCES = [str(path) for path in sorted(Path("csrc").glob("*.cu"))]
+HEADERS = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
 
 
 def find_cuda() -> tuple[Path | None, str]:
@@ -61,7 +62,11 @@ def make_extension():
     ]
     cxx_flags = ["-O3", "-g0", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
     cxx_flags += ["-fvisibility=hidden", "-Wall"]
-    settings = {"py_limited_api": True, "extra_compile_args": {"cxx": cxx_flags, "nvcc": ["-O3", "-std=c++20"]}}
+    settings = {
+        "py_limited_api": True,
+        "depends": HEADERS,
+        "extra_compile_args": {"cxx": cxx_flags, "nvcc": ["-O3", "-std=c++20"]},
+    }
     if cuda_root is None:
         return cpp_extension.CppExtension("clex_kernels._C", CPP_SOURCES, define_macros=defines, **settings)
 

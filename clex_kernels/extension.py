@@ -4,7 +4,7 @@ import torch
 
 from clex_kernels import _C
 
-library = torch.library.Library("clex", "FRAGMENT")
+library: torch.library.Library = torch.library.Library("clex", "FRAGMENT")
 
 isa = _C.isa
 has_cuda = _C.has_cuda

@@ -13,26 +13,16 @@ the accepted steps, dense output included.
 import functools
 import math
 import warnings
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from clex_kernels.config import ClexConfig
 from clex_kernels.extension import has_cuda, library
 
 MAX_STEPS = 128
 DENSE_TERMS = 7
-
-
-class FrequencySettings(Protocol):
-    """What the solver reads of a ClexConfig."""
-
-    rope_base: float
-    ntk_base: float
-    activation: str
-    pairs: int
-    hidden_size: int
-    max_factor: float
 
 
 library.define(
@@ -158,7 +148,7 @@ library.impl("solve_frequencies_bwd", _solve_frequencies_bwd_cuda, "CUDA")
 library.impl("trajectory", _trajectory_cuda, "CUDA")
 
 
-def _check_weights(up: Tensor, down: Tensor, config: FrequencySettings) -> None:
+def _check_weights(up: Tensor, down: Tensor, config: ClexConfig) -> None:
     pairs, hidden = config.pairs, config.hidden_size
     if pairs < 2:
         raise ValueError(f"config: expected at least 2 rotary pairs (rotary_dim >= 4), got {pairs}")
@@ -201,11 +191,11 @@ def _check_values(up: Tensor, down: Tensor, times: Tensor | None) -> None:
             raise ValueError(f"times: expected non-decreasing values, got {times.tolist()}")
 
 
-def _settings(config: FrequencySettings) -> tuple[float, float, str]:
+def _settings(config: ClexConfig) -> tuple[float, float, str]:
     return math.log(config.rope_base), math.log(config.ntk_base), config.activation
 
 
-def _solve(up: Tensor, down: Tensor, times: Tensor, config: FrequencySettings) -> tuple[Tensor, ...]:
+def _solve(up: Tensor, down: Tensor, times: Tensor, config: ClexConfig) -> tuple[Tensor, ...]:
     _check_weights(up, down, config)
     _check_times(times, "up", up.device)
     try:
@@ -216,7 +206,7 @@ def _solve(up: Tensor, down: Tensor, times: Tensor, config: FrequencySettings) -
         raise
 
 
-def solve_frequencies(up: Tensor, down: Tensor, times: Tensor, config: FrequencySettings) -> Tensor:
+def solve_frequencies(up: Tensor, down: Tensor, times: Tensor, config: ClexConfig) -> Tensor:
     """Rotary frequencies at the length factors `times`, differentiable in the weights.
 
     Args:
@@ -240,12 +230,12 @@ def solve_frequencies(up: Tensor, down: Tensor, times: Tensor, config: Frequency
     return _solve(up, down, times, config)[0]
 
 
-def evaluations(up: Tensor, down: Tensor, times: Tensor, config: FrequencySettings) -> int:
+def evaluations(up: Tensor, down: Tensor, times: Tensor, config: ClexConfig) -> int:
     """How often `solve_frequencies` evaluates du/ds for these arguments, rejected steps included."""
     return int(_solve(up, down, times, config)[3].item())
 
 
-def trajectory(up: Tensor, down: Tensor, config: FrequencySettings) -> tuple[Tensor, Tensor]:
+def trajectory(up: Tensor, down: Tensor, config: ClexConfig) -> tuple[Tensor, Tensor]:
     """The whole solution for t in [1, config.max_factor], to be read by `evaluate`; not differentiable.
 
     Args:

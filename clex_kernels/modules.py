@@ -328,10 +328,10 @@ def _draw_times(
 ) -> list[float]:
     """Length factors of `count` sequences; the generator advances alike whatever the options."""
     # on the CPU, whatever torch.set_default_device says.
-    host = {"generator": generator, "device": "cpu"}
-    plain = torch.rand(count, dtype=torch.float64, **host) < plain_share
-    whole = torch.randint(1, config.max_factor + 1, (count,), **host).double()
-    real = 1 + (config.max_factor - 1) * torch.rand(count, dtype=torch.float64, **host)
+    plain = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu") < plain_share
+    whole = torch.randint(1, config.max_factor + 1, (count,), generator=generator, device="cpu").double()
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+    real = 1 + (config.max_factor - 1) * uniform
     return torch.where(plain, 1.0, whole if factors == "integer" else real).tolist()
 
 

@@ -165,16 +165,16 @@ def _gradients(
     ctx: Any, gradients: tuple[Tensor | None, ...], rotated: tuple[Tensor | None, ...], *tables: Any
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """The gradients of the rotated tensors' sources, None where none came, and dfreq."""
-    present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    present = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None]
     sources: list[Tensor | None] = [None] * len(gradients)
     if not present:
         return sources, None
     # the gradient of a sum is an expanded scalar, and the kernels need unit stride in D.
-    dense = [gradients[i] if gradients[i].stride(-1) == 1 else gradients[i].contiguous() for i in present]
-    saved = [rotated[i] for i in present]
+    dense = [gradient if gradient.stride(-1) == 1 else gradient.contiguous() for _, gradient in present]
+    saved = [rotated[i] for i, _ in present]
     pad = [None] * (2 - len(present))
     *outputs, dfreq = torch.ops.clex.rotary_bwd(*dense, *pad, *saved, *pad, *tables, ctx.offset)
-    for i, gradient in zip(present, outputs, strict=False):
+    for (i, _), gradient in zip(present, outputs, strict=False):
         sources[i] = gradient
     return sources, None if saved[0] is None else dfreq
 
