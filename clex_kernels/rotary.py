@@ -93,33 +93,15 @@ def _rotary_out_cuda(
     launch_rotary(q, k, q_out, k_out, coarse, fine, index, position_ids, offset, conjugate)
 
 
-def _rotary_in_place_cuda(
-    q: Tensor,
-    k: Tensor | None,
-    coarse: Tensor,
-    fine: Tensor,
-    index: Tensor | None,
-    position_ids: Tensor | None,
-    offset: int,
-    conjugate: bool,
-) -> None:
-    _rotary_out_cuda(q, k, coarse, fine, index, position_ids, offset, conjugate, q, k)
+def _rotary_in_place_cuda(q: Tensor, k: Tensor | None, *tables: Any) -> None:
+    _rotary_out_cuda(q, k, *tables, q, k)
 
 
 def _rotary_cuda(
-    q: Tensor,
-    k: Tensor | None,
-    freq: Tensor,
-    coarse: Tensor,
-    fine: Tensor,
-    positions: Tensor | None,
-    index: Tensor | None,
-    position_ids: Tensor | None,
-    offset: int,
+    q: Tensor, k: Tensor | None, freq: Tensor, coarse: Tensor, fine: Tensor, positions: Tensor | None, *where: Any
 ) -> tuple[Tensor, Tensor]:
     q_out, k_out = _empty_outputs(q, k)
-    kept_k = None if k is None else k_out
-    _rotary_out_cuda(q, k, coarse, fine, index, position_ids, offset, False, q_out, kept_k)
+    _rotary_out_cuda(q, k, coarse, fine, *where, False, q_out, None if k is None else k_out)
     return q_out, k_out
 
 

@@ -117,20 +117,27 @@ struct BlockTeam {
   }
 };
 
-// Points the weights to their copies in shared memory, if they have a place there.
+// Copies the weights to shared memory if they have a place there; the working memory, which may have one too.
 template <class W>
-CLEX_TEAM void load_weights(const BlockTeam& team, const SharedPlan& plan, double* place,
-                            Dynamics<W>& dynamics) {
-  if (!plan.weights_on_chip) return;
-  const int count = dynamics.R * dynamics.M;
-  W* up = reinterpret_cast<W*>(place);
-  W* down = up + count;
-  team.each(count, [&](int i) CLEX_LAMBDA {
-    up[i] = dynamics.up[i];
-    down[i] = dynamics.down[i];
-  });
-  dynamics.up = up;
-  dynamics.down = down;
+CLEX_TEAM double* move_on_chip(const BlockTeam& team, const SharedPlan& plan, double* shared,
+                               Dynamics<W>& dynamics, double* memory) {
+  double* place = shared + plan.partials;
+  if (plan.memory_on_chip) {
+    memory = place;
+    place += plan.memory;
+  }
+  if (plan.weights_on_chip) {
+    const int count = dynamics.R * dynamics.M;
+    W* up = reinterpret_cast<W*>(place);
+    W* down = up + count;
+    team.each(count, [&](int i) CLEX_LAMBDA {
+      up[i] = dynamics.up[i];
+      down[i] = dynamics.down[i];
+    });
+    dynamics.up = up;
+    dynamics.down = down;
+  }
+  return memory;
 }
 
 // `memory` is global memory of plan.memory doubles, used where shared memory has no room.
@@ -139,12 +146,7 @@ __global__ void __launch_bounds__(FREQUENCY_THREADS, 1)
     solve_frequencies_kernel(Dynamics<W> dynamics, Solution out, SharedPlan plan, double* memory) {
   extern __shared__ double shared[];
   const BlockTeam team{shared};
-  double* place = shared + plan.partials;
-  if (plan.memory_on_chip) {
-    memory = place;
-    place += plan.memory;
-  }
-  load_weights(team, plan, place, dynamics);
+  memory = move_on_chip(team, plan, shared, dynamics, memory);
   integrate(team, dynamics, out, memory);
 }
 
@@ -153,12 +155,7 @@ __global__ void __launch_bounds__(FREQUENCY_THREADS, 1)
     solve_frequencies_bwd_kernel(Dynamics<W> dynamics, Adjoint in, SharedPlan plan, double* memory) {
   extern __shared__ double shared[];
   const BlockTeam team{shared};
-  double* place = shared + plan.partials;
-  if (plan.memory_on_chip) {
-    memory = place;
-    place += plan.memory;
-  }
-  load_weights(team, plan, place, dynamics);
+  memory = move_on_chip(team, plan, shared, dynamics, memory);
   differentiate(team, dynamics, in, memory);
 }
 
