@@ -62,9 +62,9 @@ class ClexConfig:
         for name in ("rope_base", "ntk_base"):
             self._store(name, _real_above(name, getattr(self, name), 1.0))
         self._store("step_size", _real_above("step_size", self.step_size, 0.0))
-        _one_of("activation", self.activation, ("tanh", "silu"))
-        _one_of("scale_policy", self.scale_policy, ("integer", "continuous"))
-        _one_of("log_scale", self.log_scale, (False, True, "clamped"))
+        one_of("activation", self.activation, ("tanh", "silu"))
+        one_of("scale_policy", self.scale_policy, ("integer", "continuous"))
+        one_of("log_scale", self.log_scale, (False, True, "clamped"))
         if self.log_scale and self.train_length == 1:
             raise ValueError("log_scale: expected train_length > 1, since it divides by ln(train_length), got 1")
 
@@ -193,7 +193,8 @@ def _real_above(name: str, value: Any, bound: float) -> float:
     return number
 
 
-def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raises ValueError unless `value` is among the choices."""
     # 1 == True: the type decides as well.
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

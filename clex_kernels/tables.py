@@ -12,14 +12,16 @@ then R sines.
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Real
+from typing import Literal
 from warnings import warn
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from clex_kernels.config import one_of
 from clex_kernels.extension import has_cuda, library
 from clex_kernels.table_cache import CacheStats, TableCache, weights_fingerprint
 
@@ -190,7 +192,9 @@ class RotaryTable(_Factored):
     """Cosines and sines of one set of frequencies. A pytree; build it with `from_frequencies`.
 
     freq [R] fp64, rad/token, may carry a gradient; t, the length factor it belongs to; positions [L] fp64 tokens, or
-    None for 0, 1, 2, ...; coarse [C, 2, R] and fine [F, 2, R] as in the module docstring; amplitude, already in coarse.
+    None for 0, 1, 2, ...; coarse [C, 2, R] and fine [F, 2, R] as in the module docstring; amplitude, already in coarse;
+    train_length, tokens per unit of t; log_scale: attention multiplies logits by ln(length) / ln(train_length), which
+    "clamped" keeps at 1 or above.
     """
 
     freq: Tensor
@@ -199,6 +203,8 @@ class RotaryTable(_Factored):
     coarse: Tensor
     fine: Tensor
     amplitude: float = 1.0
+    train_length: int | None = None
+    log_scale: bool | Literal["clamped"] = False
 
     @classmethod
     def from_frequencies(
@@ -209,6 +215,8 @@ class RotaryTable(_Factored):
         amplitude: float = 1.0,
         dtype: torch.dtype = torch.float32,
         t: float = 1.0,
+        train_length: int | None = None,
+        log_scale: bool | Literal["clamped"] = False,
     ) -> "RotaryTable":
         """A table of `freq` [R] fp64 for positions 0 .. length - 1 or for `positions` [L].
 
@@ -219,22 +227,22 @@ class RotaryTable(_Factored):
         _check_number("t", t)
         if not 1.0 <= t < math.inf:
             raise ValueError(f"t: expected a finite number >= 1, got {t}")
+        _check_log_scale(log_scale, train_length)
         with _normal_mode():
             freq = _savable(freq)
             if positions is not None:
                 positions = _savable(_check_positions(positions, freq, "[L]", ()))
             rows = None if positions is None else positions[None]
             coarse, fine = _build(freq[None], length, rows, amplitude, dtype)
-            return cls(freq, float(t), positions, coarse[0], fine[0], float(amplitude))
+            return cls(freq, float(t), positions, coarse[0], fine[0], float(amplitude), train_length, log_scale)
 
 
 @dataclass(frozen=True, eq=False)
 class RotaryTableStack(_Factored):
     """T tables, one of which serves each sequence of a batch. A pytree; build it with `from_frequencies`.
 
-    freq [T, R] fp64, t [T] fp64, positions [T, L] fp64 or None, coarse [T, C, 2, R], fine [T, F, 2, R], amplitude as in
-    RotaryTable. Sequence b uses table index[b] (int64 [B]); without an index table b, or the only one. `train_length`
-    (tokens per unit of t) is what `select` needs.
+    freq [T, R] fp64, t [T] fp64, positions [T, L] fp64 or None, coarse [T, C, 2, R], fine [T, F, 2, R]; the rest as in
+    RotaryTable. Sequence b uses table index[b] (int64 [B]); without an index table b, or the only one.
     """
 
     freq: Tensor
@@ -245,6 +253,7 @@ class RotaryTableStack(_Factored):
     amplitude: float = 1.0
     index: Tensor | None = None
     train_length: int | None = None
+    log_scale: bool | Literal["clamped"] = False
 
     @classmethod
     def from_frequencies(
@@ -257,6 +266,7 @@ class RotaryTableStack(_Factored):
         index: Tensor | None = None,
         train_length: int | None = None,
         dtype: torch.dtype = torch.float32,
+        log_scale: bool | Literal["clamped"] = False,
     ) -> "RotaryTableStack":
         """Tables of `freq` [T, R] fp64 for positions 0 .. length - 1 or for `positions` [T, L] (or [1, L], shared).
 
@@ -267,11 +277,7 @@ class RotaryTableStack(_Factored):
         _check_factors(t, freq)
         if index is not None:
             check_index(index, factors, freq.device)
-        if train_length is not None:
-            if isinstance(train_length, bool) or not isinstance(train_length, int):
-                raise TypeError(f"train_length: expected an int, got {type(train_length).__name__}")
-            if not 1 <= train_length <= MAX_LENGTH:
-                raise ValueError(f"train_length: expected 1 to {MAX_LENGTH}, got {train_length}")
+        _check_log_scale(log_scale, train_length)
         with _normal_mode():
             freq, t = _savable(freq), _savable(t)
             index = index if index is None else _savable(index)
@@ -280,14 +286,17 @@ class RotaryTableStack(_Factored):
             coarse, fine = _build(freq, length, positions, amplitude, dtype)
             if positions is not None:
                 positions = positions.expand(factors, -1).contiguous()
-            return cls(freq, t, positions, coarse, fine, float(amplitude), index, train_length)
+            return cls(freq, t, positions, coarse, fine, float(amplitude), index, train_length, log_scale)
 
     def select(self, lengths: Tensor) -> "RotaryTableStack":
         """The stack with sequence b on the table of t = ceil(lengths[b] / train_length), for t = 1, 2, .., T.
 
         lengths [B], integers, on the table's device; nothing waits for the device. A longer sequence stays at t = T,
-        with a warning where the lengths are on the CPU. Raises ValueError without a `train_length`.
+        with a warning where the lengths are on the CPU. Raises ValueError without a `train_length`, and for a stack
+        that has its `index` already, whose tables need not be those of t = 1, 2, .., T.
         """
+        if self.index is not None:
+            raise ValueError("index: expected None, since select sets it, got one")
         if self.train_length is None:
             raise ValueError("train_length: expected from from_frequencies(..., train_length=...), got None")
         if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int64, torch.int32):
@@ -312,7 +321,22 @@ class RotaryTableStack(_Factored):
 
 
 for _cls in (RotaryTable, RotaryTableStack):
-    pytree.register_dataclass(_cls, serialized_type_name=f"clex_kernels.{_cls.__name__}")
+    # last field first: torch.export's guards replace names as text, and would find a `.t` in `.train_length`.
+    _names = [field.name for field in reversed(fields(_cls))]
+    pytree.register_dataclass(_cls, field_names=_names, serialized_type_name=f"clex_kernels.{_cls.__name__}")
+
+
+def _check_log_scale(log_scale: bool | str, train_length: int | None) -> None:
+    if train_length is not None:
+        if isinstance(train_length, bool) or not isinstance(train_length, int):
+            raise TypeError(f"train_length: expected an int, got {type(train_length).__name__}")
+        if not 1 <= train_length <= MAX_LENGTH:
+            raise ValueError(f"train_length: expected 1 to {MAX_LENGTH}, got {train_length}")
+    one_of("log_scale", log_scale, (False, True, "clamped"))
+    if log_scale and (train_length is None or train_length == 1):
+        raise ValueError(
+            f"log_scale: expected a train_length > 1, since it divides by ln(train_length), got {train_length}"
+        )
 
 
 def _check_factors(t: Tensor, freq: Tensor) -> None:

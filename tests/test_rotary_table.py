@@ -3,11 +3,14 @@
 import copy
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from clex_kernels.tables import TILE, RotaryTable, RotaryTableStack
@@ -15,6 +18,9 @@ from clex_kernels.tables import TILE, RotaryTable, RotaryTableStack
 
 def frequencies(pairs: int, base: float = 10000.0) -> Tensor:
     return base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+
+
+FREQ = frequencies(4)
 
 
 def test_a_stack_holds_the_tables_of_its_frequencies():
@@ -85,7 +91,8 @@ def test_pytree_round_trip_keeps_every_field():
     table = RotaryTable.from_frequencies(frequencies(4), length=70, amplitude=1.5, t=2.5)
     sampled = RotaryTable.from_frequencies(frequencies(4), positions=torch.ones(3, dtype=torch.float64))
     stack = make_stack(train_length=100, index=torch.tensor([2, 0]))
-    for item in (table, sampled, stack):
+    scaled = [make_scaled(kind, log_scale) for kind in (RotaryTable, RotaryTableStack) for log_scale in LOG_SCALES]
+    for item in (table, sampled, stack, *scaled):
         leaves, spec = pytree.tree_flatten({"x": item})
         back = pytree.tree_unflatten(leaves, spec)["x"]
         assert type(back) is type(item)
@@ -96,13 +103,63 @@ def test_pytree_round_trip_keeps_every_field():
     assert doubled.t == 2.5
 
 
+LOG_SCALES = [False, True, "clamped"]
+
+
+def make_scaled(
+    kind: type[RotaryTable] | type[RotaryTableStack], log_scale: bool | str, train_length: int = 100
+) -> RotaryTable | RotaryTableStack:
+    if kind is RotaryTableStack:
+        return make_stack(1, train_length=train_length, log_scale=log_scale)
+    return RotaryTable.from_frequencies(FREQ, length=64, train_length=train_length, log_scale=log_scale)
+
+
+def scaled_step(x: Tensor, table: RotaryTable | RotaryTableStack, lengths: Tensor) -> Tensor:
+    """What attention reads of a table."""
+    factor = lengths.double() if table.log_scale else torch.ones_like(lengths)
+    if table.log_scale:
+        factor = factor.log() / math.log(table.train_length)
+    if table.log_scale == "clamped":
+        factor = factor.clamp(min=1.0)
+    return x * table.coarse[..., -1, 0, :].view(1, -1) * factor[:, None]
+
+
+class ScaledStep(nn.Module):
+    def forward(self, x: Tensor, table: RotaryTable | RotaryTableStack, lengths: Tensor) -> Tensor:
+        return scaled_step(x, table, lengths)
+
+
+@pytest.mark.parametrize("kind", [RotaryTable, RotaryTableStack], ids=["table", "stack"])
+@pytest.mark.parametrize("log_scale", LOG_SCALES)
+def test_the_log_scale_goes_wherever_a_table_goes(kind, log_scale):
+    table, x, lengths = make_scaled(kind, log_scale), torch.randn(2, 4), torch.tensor([30, 700])
+    exported = torch.export.export(ScaledStep(), (x, table, lengths)).module()
+    traced = make_fx(scaled_step, tracing_mode="fake")(x, table, lengths)
+    for way in (exported, traced):
+        torch.testing.assert_close(way(x, table, lengths), scaled_step(x, table, lengths))
+    with FakeTensorMode() as mode:
+        fake = pytree.tree_map_only(Tensor, mode.from_tensor, (x, table, lengths))
+        assert scaled_step(*fake).shape == (2, 4)
+    for other in (copy.deepcopy(table), replace(table, amplitude=2.0), fake[1]):
+        assert other.log_scale is log_scale
+        assert other.train_length == 100
+    spec = pytree.tree_structure(table)
+    assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
+
+
+@pytest.mark.parametrize("kind", [RotaryTable, RotaryTableStack], ids=["table", "stack"])
+def test_a_step_compiles_once_per_log_scale(kind):
+    x, lengths = torch.randn(2, 4), torch.tensor([30, 700])
+    tables = [make_scaled(kind, log_scale) for log_scale in 2 * LOG_SCALES]
+    assert compiled_graphs(scaled_step, [(x, table, lengths) for table in tables]) == 3
+
+
 def test_tables_can_be_copied():
     table = copy.deepcopy(RotaryTable.from_frequencies(frequencies(4), length=70, t=2.0))
     assert torch.equal(table.coarse, RotaryTable.from_frequencies(frequencies(4), length=70).coarse)
     assert table.t == 2.0
 
 
-FREQ = frequencies(4)
 BAD_TABLES = {
     "freq list": (TypeError, "freq: expected a tensor", {"freq": [1.0], "length": 4}),
     "freq fp32": (TypeError, "freq: expected torch.float64.*got torch.float32", {"freq": FREQ.float(), "length": 4}),
@@ -129,6 +186,11 @@ BAD_TABLES = {
     "dtype": (TypeError, "dtype: expected torch.float32 or", {"length": 4, "dtype": torch.bfloat16}),
     "t": (ValueError, "t: expected a finite number >= 1, got 0.5", {"length": 4, "t": 0.5}),
     "t none": (TypeError, "t: expected a number, got NoneType", {"length": 4, "t": None}),
+    "train_length": (ValueError, "train_length: expected 1 to .*, got 0", {"length": 4, "train_length": 0}),
+    "log_scale text": (ValueError, "log_scale: expected one of .*, got 'on'", {"length": 4, "log_scale": "on"}),
+    "log_scale int": (ValueError, "log_scale: expected one of False, True, 'clamped', got 1", {"log_scale": 1}),
+    "log_scale alone": (ValueError, "log_scale: expected a train_length > 1.*got None", {"log_scale": True}),
+    "log_scale of 1": (ValueError, "log_scale: expected.*got 1", {"log_scale": "clamped", "train_length": 1}),
     "t nan": (ValueError, "t: expected a finite number >= 1", {"length": 4, "t": math.nan}),
 }
 
@@ -159,6 +221,8 @@ BAD_STACKS = {
     "index list": (TypeError, "index: expected torch.int64, got list", {"index": [0, 1]}),
     "train_length": (ValueError, "train_length: expected 1 to .*, got 0", {"train_length": 0}),
     "train_length large": (ValueError, "train_length: expected 1 to", {"train_length": 2**63}),
+    "log_scale": (ValueError, "log_scale: expected one of", {"log_scale": None}),
+    "log_scale alone": (ValueError, "log_scale: expected a train_length > 1.*got None", {"log_scale": "clamped"}),
     "train_length float": (TypeError, "train_length: expected an int, got float", {"train_length": 1.5}),
 }
 
@@ -187,6 +251,8 @@ def test_bad_lengths_are_named():
         stack.select(torch.tensor([[3]]))
     with pytest.raises(ValueError, match="lengths: expected >= 0, got -3"):
         stack.select(torch.tensor([5, -3]))
+    with pytest.raises(ValueError, match="index: expected None"):
+        make_stack(train_length=100, index=torch.tensor([1])).select(torch.tensor([3]))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""The ODE's weights: their names, their start and their precision.
+
+Initialisation is the authors': up Kaiming-uniform, down zero. With down = 0 the ODE adds nothing and t is NTK-aware
+scaling exactly, a good place to start from. At that point only down has a gradient, since up acts through it; one
+optimizer step makes down nonzero, and from then on both learn.
+
+They stay fp32 or fp64 whatever happens to the model around them: rounded to bf16 they move angles at position 100K by
+tens of turns.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clex_kernels.config import ClexConfig
+
+
+class OdeProjection(nn.Module):
+    """ode_up_proj [R, M] and ode_down_proj [M, R], named as in the authors' checkpoints, never below fp32."""
+
+    def __init__(self, config: ClexConfig, device: torch.device | str | None):
+        super().__init__()
+        pairs, hidden = config.pairs, config.hidden_size
+        self.ode_up_proj = nn.Parameter(torch.empty(pairs, hidden, dtype=torch.float32, device=device))
+        self.ode_down_proj = nn.Parameter(torch.empty(hidden, pairs, dtype=torch.float32, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The authors' initialisation."""
+        nn.init.kaiming_uniform_(self.ode_up_proj, a=math.sqrt(5))
+        nn.init.zeros_(self.ode_down_proj)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OdeProjection":
+        def at_least_fp32(tensor: Tensor) -> Tensor:
+            # to half precision only the device may change.
+            changed = fn(tensor)
+            return tensor.to(changed.device) if torch.finfo(changed.dtype).bits < 32 else changed
+
+        return super()._apply(at_least_fp32, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # load_state_dict(assign=True) would take over the checkpoint's dtype.
+        for name in self._parameters:
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and value.is_floating_point() and torch.finfo(value.dtype).bits < 32:
+                state_dict[prefix + name] = value.float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def are_plain(inv_freq: Tensor, config: ClexConfig) -> bool:
+    """Whether inv_freq holds the frequencies [R] of plain RoPE, which checkpoints carry as a buffer."""
+    steps = torch.arange(config.pairs, dtype=torch.float64, device="cpu") / config.pairs
+    plain = config.rope_base**-steps
+    # bf16 checkpoints round them to 3 digits.
+    return inv_freq.shape == plain.shape and torch.allclose(inv_freq.double().cpu(), plain, rtol=1e-2)
