@@ -2,9 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from clex_kernels.attention import attention
 from clex_kernels.config import ClexConfig
 from clex_kernels.frequencies import solve_frequencies
-from clex_kernels.modules import ClexRotaryEmbedding
+from clex_kernels.modules import ClexAttention, ClexRotaryEmbedding
 from clex_kernels.rotary import apply_rotary
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
@@ -14,10 +15,12 @@ except PackageNotFoundError:  # run from a source tree that was built in place b
     __version__ = "0+source"
 
 __all__ = [
+    "ClexAttention",
     "ClexConfig",
     "ClexRotaryEmbedding",
     "RotaryTable",
     "RotaryTableStack",
     "apply_rotary",
+    "attention",
     "solve_frequencies",
 ]

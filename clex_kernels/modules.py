@@ -1,4 +1,4 @@
-"""ClexRotaryEmbedding: the ODE's weights, and the tables they give.
+"""ClexRotaryEmbedding: the ODE's weights, and the tables they give; ClexAttention: a layer that reads such a table.
 
 Tables are looked up and built outside compiled regions, in methods that torch.compile does not enter, and travel into
 them as arguments. A table that came out of an operator inside a compiled graph would be Inductor's to reuse: it writes
@@ -7,60 +7,25 @@ later results over op outputs it holds for dead, and so silently over the cache.
 Training takes frequencies from `solve_frequencies`, with gradients; evaluation reads them off one cached solution over
 all t (a trajectory), be it for one length, for all integer t or for one t per sequence, so that they are bit for bit
 the same for a sequence alone and in any batch. The two agree to fp64 rounding.
-
-Initialisation is the authors': up Kaiming-uniform, down zero. With down = 0 the ODE adds nothing and t is NTK-aware
-scaling exactly, a good place to start from. At that point only down has a gradient, since up acts through it; one
-optimizer step makes down nonzero, and from then on both learn.
 """
 
-import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from clex_kernels.attention import attention
 from clex_kernels.config import ClexConfig
 from clex_kernels.frequencies import evaluate, solve_frequencies, trajectory
+from clex_kernels.sampling import check_sampling, draw_positions, draw_times
 from clex_kernels.tables import MAX_LENGTH, CacheStats, RotaryTable, RotaryTableStack, TableCache, weights_fingerprint
-
-RUNS = (2, 8)
+from clex_kernels.weights import OdeProjection, are_plain
 
 _not_compiled = torch.compiler.disable(reason="clex_kernels: build rotary tables outside, pass them in as arguments")
-
-
-class _OdeProjection(nn.Module):
-    """ode_up_proj [R, M] and ode_down_proj [M, R], named as in the authors' checkpoints, never below fp32."""
-
-    def __init__(self, config: ClexConfig, device: torch.device | str | None):
-        super().__init__()
-        pairs, hidden = config.pairs, config.hidden_size
-        self.ode_up_proj = nn.Parameter(torch.empty(pairs, hidden, dtype=torch.float32, device=device))
-        self.ode_down_proj = nn.Parameter(torch.empty(hidden, pairs, dtype=torch.float32, device=device))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.ode_up_proj, a=math.sqrt(5))
-        nn.init.zeros_(self.ode_down_proj)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_OdeProjection":
-        def at_least_fp32(tensor: Tensor) -> Tensor:
-            # weights rounded to bf16 move angles at position 100K by tens of turns: here only the device may change.
-            changed = fn(tensor)
-            return tensor.to(changed.device) if torch.finfo(changed.dtype).bits < 32 else changed
-
-        return super()._apply(at_least_fp32, recurse)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # load_state_dict(assign=True) would take over the checkpoint's dtype.
-        for name in self._parameters:
-            value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor) and value.is_floating_point() and torch.finfo(value.dtype).bits < 32:
-                state_dict[prefix + name] = value.float()
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class ClexRotaryEmbedding(nn.Module):
@@ -84,10 +49,9 @@ class ClexRotaryEmbedding(nn.Module):
 
     def __init__(self, config: ClexConfig, device: torch.device | str | None = None, cache_bytes: int = 256 << 20):
         super().__init__()
-        if not isinstance(config, ClexConfig):
-            raise TypeError(f"config: expected a ClexConfig, got {type(config).__name__}")
+        _check_config(config)
         self.config = config
-        self.proj_func = _OdeProjection(config, device)
+        self.proj_func = OdeProjection(config, device)
         # with max_factor = 1 the solution would end where it starts and have no step to read.
         self._solved = replace(config, max_factor=max(config.max_factor, 2))
         self._cache = TableCache(cache_bytes)
@@ -109,11 +73,11 @@ class ClexRotaryEmbedding(nn.Module):
             TypeError: length is no int.
             ValueError: length is negative, or the weights are not finite.
         """
-        length = _tokens("length", length)
+        length = _integer("length", length)
         t = self.config.length_factor(length)
         room = max(round(t * self.config.train_length), self._room(length))
         freq, _, coarse, fine = self._cached(f"t = {t!r}", room, [t])
-        return RotaryTable(freq[0], t, None, coarse[0], fine[0])
+        return RotaryTable(freq[0], t, None, coarse[0], fine[0], **self._scale)
 
     @_not_compiled
     def stack(self, max_length: int | None = None) -> RotaryTableStack:
@@ -124,10 +88,10 @@ class ClexRotaryEmbedding(nn.Module):
         Args:
             max_length: positions each table holds at least; None: train_length * max_factor.
         """
-        room = self._limit if max_length is None else self._room(_tokens("max_length", max_length))
+        room = self._limit if max_length is None else self._room(_integer("max_length", max_length))
         times = [float(t) for t in range(1, self.config.max_factor + 1)]
         freq, t, coarse, fine = self._cached("integers", room, times)
-        return RotaryTableStack(freq, t, None, coarse, fine, train_length=self.config.train_length)
+        return RotaryTableStack(freq, t, None, coarse, fine, **self._scale)
 
     @_not_compiled
     def at(self, lengths: Tensor, max_length: int | None = None) -> RotaryTableStack:
@@ -150,10 +114,10 @@ class ClexRotaryEmbedding(nn.Module):
         if lengths.dim() != 1 or len(lengths) == 0 or lengths.device.type not in ("cpu", self.device.type):
             expected = f"shape [B], B >= 1, on {self.device} or the CPU"
             raise ValueError(f"lengths: expected {expected}, got {list(lengths.shape)} on {lengths.device}")
-        room = self._limit if max_length is None else self._room(_tokens("max_length", max_length))
+        room = self._limit if max_length is None else self._room(_integer("max_length", max_length))
         if lengths.device.type == "cpu":
             shortest, longest = (int(value) for value in lengths.aminmax())
-            _tokens("lengths", shortest)
+            _integer("lengths", shortest)
             needed = self._room(longest)
             if max_length is None:
                 room = needed
@@ -164,7 +128,9 @@ class ClexRotaryEmbedding(nn.Module):
             t = t.clamp(1.0, self.config.max_factor)
             freq = self._evaluate(t, weights_fingerprint(*self._weights))
             index = torch.arange(len(t), device=self.device)
-            return RotaryTableStack.from_frequencies(freq, t, length=room, index=index, dtype=self._dtype)
+            return RotaryTableStack.from_frequencies(
+                freq, t, length=room, index=index, dtype=self._dtype, **self._scale
+            )
 
     @_not_compiled
     def sample(
@@ -196,24 +162,17 @@ class ClexRotaryEmbedding(nn.Module):
         Raises:
             TypeError, ValueError: an argument is of the wrong type or out of range.
         """
-        length = _tokens("length", length, least=1)
-        count = 1 if batch is None else _tokens("batch", batch, least=1)
-        _check_sampling(generator, positions, factors, plain_share)
-        times = _draw_times(self.config, count, generator, factors, plain_share)
-        runs = torch.randint(RUNS[0], RUNS[1] + 1, (count,), generator=generator, device="cpu").tolist()
-        seed = int(torch.randint(2**63 - 1, (), generator=generator, device="cpu"))
-        on_device = torch.Generator(self.device).manual_seed(seed)
-        spans = [math.floor(length * t) for t in times]
-        if positions == "uniform":
-            rows = [_uniform(length, span, on_device) for span in spans]
-        else:
-            rows = [_in_runs(length, span, n, on_device) for span, n in zip(spans, runs, strict=True)]
-        # divided in fp64: an exact quotient's nearest number.
-        drawn = torch.stack(rows).double() / max(1, length // self.config.train_length)
+        length = _integer("length", length, least=1)
+        count = 1 if batch is None else _integer("batch", batch, least=1)
+        check_sampling(generator, positions, factors, plain_share)
+        times = draw_times(self.config, count, generator, factors, plain_share)
+        drawn = draw_positions(self.config, length, times, generator, positions, self.device)
         distinct = sorted(set(times))
         freq = solve_frequencies(*self._weights, self._on_device(distinct), self.config)
         if batch is None:
-            return RotaryTable.from_frequencies(freq[0], positions=drawn[0], t=times[0], dtype=self._dtype)
+            return RotaryTable.from_frequencies(
+                freq[0], positions=drawn[0], t=times[0], dtype=self._dtype, **self._scale
+            )
         place = self._on_device([distinct.index(t) for t in times])
         return RotaryTableStack.from_frequencies(
             # the backward of index_select adds in no fixed order on CUDA.
@@ -222,6 +181,7 @@ class ClexRotaryEmbedding(nn.Module):
             positions=drawn,
             index=torch.arange(count, device=self.device),
             dtype=self._dtype,
+            **self._scale,
         )
 
     def invalidate(self) -> None:
@@ -251,6 +211,10 @@ class ClexRotaryEmbedding(nn.Module):
         return self.proj_func.ode_up_proj.dtype
 
     @property
+    def _scale(self) -> dict[str, Any]:
+        return {"train_length": self.config.train_length, "log_scale": self.config.log_scale}
+
+    @property
     def _limit(self) -> int:
         return self.config.train_length * self.config.max_factor
 
@@ -258,30 +222,16 @@ class ClexRotaryEmbedding(nn.Module):
         self._cache.invalidate()
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._cache.invalidate()
         inv_freq = state_dict.pop(prefix + "inv_freq", None)
-        if inv_freq is not None:
-            steps = torch.arange(self.config.pairs, dtype=torch.float64, device="cpu") / self.config.pairs
-            plain = self.config.rope_base**-steps
-            # bf16 checkpoints round it to 3 digits.
-            if inv_freq.shape != plain.shape or not torch.allclose(inv_freq.double().cpu(), plain, rtol=1e-2):
-                error_msgs.append(
-                    f"{prefix}inv_freq: expected the {self.config.pairs} plain frequencies of"
-                    f" rope_base = {self.config.rope_base:g}, got others; the checkpoint belongs to another config"
-                )
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        if inv_freq is not None and not are_plain(inv_freq, self.config):
+            *_, error_msgs = args
+            error_msgs.append(
+                f"{prefix}inv_freq: expected the {self.config.pairs} plain frequencies of"
+                f" rope_base = {self.config.rope_base:g}, got others; the checkpoint belongs to another config"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _room(self, length: int) -> int:
         """Positions to hold for `length`: itself, or past the limit the limit doubled until it fits."""
@@ -323,39 +273,97 @@ class ClexRotaryEmbedding(nn.Module):
         return evaluate(nodes, polynomials, t)
 
 
-def _draw_times(
-    config: ClexConfig, count: int, generator: torch.Generator | None, factors: str, plain_share: float
-) -> list[float]:
-    """Length factors of `count` sequences; the generator advances alike whatever the options."""
-    # on the CPU, whatever torch.set_default_device says.
-    plain = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu") < plain_share
-    whole = torch.randint(1, config.max_factor + 1, (count,), generator=generator, device="cpu").double()
-    uniform = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
-    real = 1 + (config.max_factor - 1) * uniform
-    return torch.where(plain, 1.0, whole if factors == "integer" else real).tolist()
+class ClexAttention(nn.Module):
+    """The attention of one transformer layer: packed projection, rotary attention, output projection.
+
+    Parameters: qkv_proj.weight [(H + 2G) D, C], rows in the order q, k, v, and o_proj.weight [C, H D]; with biases
+    qkv_proj.bias [(H + 2G) D] and o_proj.bias [C].
+
+    All layers share one table, made once per step and passed in, also into compiled code:
+
+        table = rope.sample(L)      # training
+        table = rope(L)             # evaluation
+        for layer in layers:
+            x = x + layer.attention(layer.norm(x), table)
+
+    Args:
+        config: names D = head_dim and the rotary dimension.
+        hidden_size: C.
+        num_heads: H.
+        num_kv_heads: G, which divides H; None: H.
+        bias: of qkv_proj.
+        out_bias: of o_proj; None: as `bias`.
+        device, dtype: of the weights.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        config: ClexConfig,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        bias: bool = False,
+        out_bias: bool | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _check_config(config)
+        self.config = config
+        self.hidden_size = _integer("hidden_size", hidden_size, least=1)
+        self.num_heads = _integer("num_heads", num_heads, least=1)
+        self.num_kv_heads = self.num_heads if num_kv_heads is None else _integer("num_kv_heads", num_kv_heads, least=1)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}")
+        packed = (self.num_heads + 2 * self.num_kv_heads) * config.head_dim
+        self.qkv_proj = nn.Linear(self.hidden_size, packed, bias, device, dtype)
+        out_bias = bias if out_bias is None else out_bias
+        self.o_proj = nn.Linear(self.num_heads * config.head_dim, self.hidden_size, out_bias, device, dtype)
+
+    def forward(
+        self, x: Tensor, table: RotaryTable | RotaryTableStack, is_causal: bool = True, **options: Any
+    ) -> Tensor:
+        """Attends within x [B, L, C], or x [1, N, C] with the options cu_seqlens_q and cu_seqlens_k [B + 1].
+
+        Args:
+            x: of the weights' dtype, outside autocast.
+            table: of the config's rotary dimension.
+            is_causal: whether token l sees tokens 0 .. l only.
+            **options: of `attention`: scale, window, softcap, cu_seqlens_q, kv_start, lengths, backend, ...
+
+        Returns:
+            Of x's shape.
+
+        Raises:
+            TypeError, ValueError: x, the table or an option, named, is wrong.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+        if x.dim() != 3 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x: expected shape [B, L, C] with C = {self.hidden_size}, got {list(x.shape)}")
+        if isinstance(table, (RotaryTable, RotaryTableStack)) and table.rotary_dim != self.config.rotary_dim:
+            raise ValueError(f"table: expected rotary_dim = {self.config.rotary_dim}, got {table.rotary_dim}")
+        if "return_lse" in options:
+            raise ValueError("return_lse: expected no such option, since a layer returns its output only")
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim))
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=-2)
+        return self.o_proj(attention(q, k, v, table, is_causal=is_causal, **options).flatten(-2))
+
+    def extra_repr(self) -> str:
+        """What the sizes of the projections do not tell."""
+        heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.config.head_dim}"
+        return f"{heads}, rotary_dim={self.config.rotary_dim}"
 
 
-def _uniform(length: int, span: int, generator: torch.Generator) -> Tensor:
-    """[L] int64: 0, span - 1 and L - 2 of the numbers between, without replacement, sorted."""
-    device = generator.device
-    inner = torch.randperm(max(span - 2, 0), generator=generator, device=device)[: max(length - 2, 0)].sort().values + 1
-    ends = torch.arange(2, device=device) * (span - 1)
-    return torch.cat((ends[:1], inner, ends[1:]))[:length]
+def _check_config(config: ClexConfig) -> None:
+    if not isinstance(config, ClexConfig):
+        raise TypeError(f"config: expected a ClexConfig, got {type(config).__name__}")
 
 
-def _in_runs(length: int, span: int, runs: int, generator: torch.Generator) -> Tensor:
-    """[L] int64: up to `runs` contiguous runs of random lengths with random gaps between, from 0 to span - 1."""
-    device = generator.device
-    cuts = torch.randperm(max(length - 1, 0), generator=generator, device=device)[: runs - 1].sort().values + 1
-    # what a run is shifted by: none for the first, all free room for the last.
-    shifts = torch.randint(0, span - length + 1, (len(cuts) + 1,), generator=generator, device=device).sort().values
-    shifts[0] = 0
-    shifts[len(cuts) :] = (span - length) if len(cuts) else 0
-    token = torch.arange(length, device=device)
-    return token + shifts[torch.searchsorted(cuts, token, right=True)]
-
-
-def _tokens(name: str, value: int, least: int = 0) -> int:
+def _integer(name: str, value: int, least: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if value < least:
@@ -363,18 +371,3 @@ def _tokens(name: str, value: int, least: int = 0) -> int:
     if value > MAX_LENGTH:
         raise ValueError(f"{name}: expected at most {MAX_LENGTH}, got {value}")
     return int(value)
-
-
-def _check_sampling(generator: torch.Generator | None, positions: str, factors: str, plain_share: float) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
-    if generator is not None and generator.device.type != "cpu":
-        raise ValueError(f"generator: expected one on the CPU, where t is drawn, got one on {generator.device}")
-    if positions not in ("uniform", "runs"):
-        raise ValueError(f"positions: expected 'uniform' or 'runs', got {positions!r}")
-    if factors not in ("integer", "continuous"):
-        raise ValueError(f"factors: expected 'integer' or 'continuous', got {factors!r}")
-    if isinstance(plain_share, bool) or not isinstance(plain_share, Real):
-        raise TypeError(f"plain_share: expected a number, got {plain_share!r}")
-    if not 0.0 <= plain_share <= 1.0:
-        raise ValueError(f"plain_share: expected a probability from 0 to 1, got {plain_share!r}")

@@ -105,6 +105,16 @@ def _rotary_cuda(
     return q_out, k_out
 
 
+def sum_per_table(per_sequence: Tensor, index: Tensor | None, tables: int) -> Tensor:
+    """[T, R] from [B, R]: the sum over the sequences that use a table, always in the same order."""
+    numbers = torch.arange(tables, device=per_sequence.device)
+    if index is None:
+        index = numbers.expand(per_sequence.shape[0])
+    # a masked sum, since index_add_ on CUDA adds in no fixed order and a product with a mask would spread NaN.
+    chosen = (index == numbers[:, None])[:, :, None]
+    return torch.where(chosen, per_sequence, 0.0).sum(dim=1)
+
+
 def _rotary_bwd_cuda(
     dq_out: Tensor,
     dk_out: Tensor | None,
@@ -129,12 +139,7 @@ def _rotary_bwd_cuda(
     per_sequence = launch_rotary_bwd(
         dq_out, dk_out, q_out, k_out, dq, kept_dk, coarse, fine, positions, index, position_ids, offset
     )
-    tables = torch.arange(coarse.shape[0], device=dq.device)
-    if index is None:
-        index = tables.expand(dq.shape[0])
-    # a masked sum, since index_add_ on CUDA adds in no fixed order and a product with a mask would spread NaN.
-    chosen = (index == tables[:, None])[:, :, None]
-    return dq, dk, torch.where(chosen, per_sequence, 0.0).sum(dim=1)
+    return dq, dk, sum_per_table(per_sequence, index, coarse.shape[0])
 
 
 library.impl("rotary", _rotary_cuda, "CUDA")
@@ -308,7 +313,7 @@ def apply_rotary(
     check_operand("q", q, q)
     if k is not None:
         check_operand("k", k, q)
-    freq, coarse, fine, positions, index = stacked(q, table, debug)
+    freq, coarse, fine, positions, index = stacked(q, table, q.shape[0], debug)
     check_positions(q, coarse.shape[1] * fine.shape[1], position_ids, offset, debug)
     wants_grad = torch.is_grad_enabled() and (
         q.requires_grad or freq.requires_grad or (k is not None and k.requires_grad)

@@ -30,12 +30,17 @@ def check_operand(name: str, x: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name}: expected unit stride in D, got strides {list(x.stride())}")
 
 
-def stacked(
-    q: Tensor, table: RotaryTable | RotaryTableStack, debug: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """freq, coarse, fine and positions with a leading T, and the index of each sequence."""
+def check_kind(table: RotaryTable | RotaryTableStack) -> None:
+    """That a table is one."""
     if not isinstance(table, (RotaryTable, RotaryTableStack)):
         raise TypeError(f"table: expected a RotaryTable or RotaryTableStack, got {type(table).__name__}")
+
+
+def stacked(
+    q: Tensor, table: RotaryTable | RotaryTableStack, sequences: int, debug: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """freq, coarse, fine and positions with a leading T, and the index of each sequence."""
+    check_kind(table)
     rotary_dim = 2 * table.coarse.shape[-1]
     if rotary_dim > q.shape[3]:
         raise ValueError(f"table: expected a rotary dimension 2R of at most D={q.shape[3]}, got {rotary_dim}")
@@ -50,7 +55,7 @@ def stacked(
         check_shapes(*tensors)
         return *tensors, None
     check_shapes(table.freq, table.coarse, table.fine, table.positions)
-    check_choice(q, table.index, table.coarse.shape[0], debug)
+    check_choice(table, sequences, debug)
     return table.freq, table.coarse, table.fine, table.positions, table.index
 
 
@@ -67,16 +72,16 @@ def check_shapes(freq: Tensor, coarse: Tensor, fine: Tensor, positions: Tensor |
         )
 
 
-def check_choice(q: Tensor, index: Tensor | None, tables: int, debug: bool) -> None:
-    """That every sequence of the batch has one of the tables of a stack."""
-    batch = q.shape[0]
-    if index is None:
-        if tables not in (1, batch):
-            raise ValueError(f"table: a stack of T={tables} needs an index [B={batch}], call table.select(lengths)")
+def check_choice(table: RotaryTableStack, sequences: int, debug: bool) -> None:
+    """That every sequence has one of the tables of a stack."""
+    tables = table.coarse.shape[0]
+    if table.index is None:
+        if tables not in (1, sequences):
+            raise ValueError(f"table: a stack of T={tables} needs an index [B={sequences}], call table.select(lengths)")
         return
-    check_index(index, tables, q.device, debug)
-    if len(index) != batch:
-        raise ValueError(f"index: expected shape [B={batch}], got {list(index.shape)}")
+    check_index(table.index, tables, table.device, debug)
+    if len(table.index) != sequences:
+        raise ValueError(f"index: expected shape [B={sequences}], got {list(table.index.shape)}")
 
 
 def check_positions(q: Tensor, length: int, position_ids: Tensor | None, offset: int, debug: bool) -> None:

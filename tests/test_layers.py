@@ -9,14 +9,24 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "clex_kernels"
 # a module may import from its own layer, from layers before it, and from the leaves.
 LAYERS = [
+    {"weights"},
     {"frequencies"},
     {"table_cache", "tables"},
     {"kernels"},
-    {"rotary_checks", "rotary", "qkv_rotary", "attention", "decode"},
-    {"modules"},
+    {
+        "rotary_checks",
+        "rotary",
+        "qkv_rotary",
+        "attention_checks",
+        "attention_cpu",
+        "attention_engines",
+        "attention",
+        "decode",
+    },
+    {"sampling", "modules"},
     {"integrations"},
 ]
-LEAVES = {"config", "extension"}
+LEAVES = {"attention_terms", "config", "extension"}
 # the oracle stands aside: it may read the settings, and the package may not read it.
 ORACLE = "reference"
 # the package's face and its command line may import anything, and nothing imports them.

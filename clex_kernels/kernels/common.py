@@ -1,4 +1,4 @@
-"""Device helpers that the Triton kernels share: the rotation, and the row of factored tables that a token reads.
+"""What the Triton kernels share: the rotation, the row of factored tables that a token reads, and strides.
 
 Position p of a table with TILE rows in `fine` has the angle p freq = (TILE c + j) freq, c = p // TILE, j = p % TILE, so
 
@@ -7,6 +7,7 @@ Position p of a table with TILE rows in `fine` has the angle p freq = (TILE c + 
 with coarse [T, C, 2, R] and fine [T, TILE, 2, R], cosines first. In a table of given positions TILE = 1 and fine is 1.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -48,7 +49,7 @@ def load_cos_sin(
     TILE: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Cosines and sines [BLOCK_L, BLOCK_R] of table t at `rows`; NaN where in_table is false.
+    """Cosines and sines [BLOCK_L, BLOCK_R] of table t at `rows`; NaN where in_table is false, 0 past R.
 
     table_strides are those of coarse over T and C, then of fine over T and TILE.
     """
@@ -62,4 +63,14 @@ def load_cos_sin(
         fine_cos = tl.load(fine_ptrs, mask=mask, other=0.0)
         fine_sin = tl.load(fine_ptrs + R, mask=mask, other=0.0)
         cos, sin = rotate(cos, sin, fine_cos, fine_sin)
+    if R < BLOCK_R:
+        # in a product over pairs the padding must not count.
+        cos, sin = tl.where(offs_r < R, cos, 0.0), tl.where(offs_r < R, sin, 0.0)
     return cos, sin
+
+
+def strides(x: torch.Tensor | None, dims: int) -> tuple[int, ...]:
+    """The first strides of x; 0 where there is one element, whose stride may be anything and would spoil alignment."""
+    if x is None:
+        return (0,) * dims
+    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:dims], x.stride()[:dims], strict=True))

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from clex_kernels.kernels.common import load_cos_sin, load_rows, load_table_index, rotate
+from clex_kernels.kernels.common import load_cos_sin, load_rows, load_table_index, rotate, strides
 
 
 @triton.jit
@@ -291,13 +291,6 @@ def launch_config(stem: str, x: torch.Tensor, k: torch.Tensor | None, pairs: int
         # 16 warps of AMD's 64 threads are the most that a block takes.
         "num_warps": min(16, max(1, 4 * block_h * token_bytes // TILE_BYTES)),
     }
-
-
-def strides(x: torch.Tensor | None, dims: int) -> tuple[int, ...]:
-    """The first strides of x; 0 where there is one element, whose stride may be anything and would spoil alignment."""
-    if x is None:
-        return (0,) * dims
-    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:dims], x.stride()[:dims], strict=True))
 
 
 def launch_rotary(
