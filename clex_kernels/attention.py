@@ -235,10 +235,16 @@ def _select(
     return table.select(lengths)
 
 
-def _count_from_first(tokens: Tokens) -> Tokens:
-    """The same differences between positions, with the first of q and of k at 0 (module docstring)."""
+def _count_from_first(operands: Operands, tokens: Tokens, rule: Rule) -> Tokens:
+    """The same differences between positions, with the first of q and of k at 0 or near it (module docstring)."""
     if tokens.q_offset is None and tokens.q_offsets is None:
-        return tokens._replace(k_offset=0, k_offsets=None)
+        L, S = operands.q.shape[1], operands.k.shape[1]
+        is_ordered = rule.is_causal or rule.window is not None
+        if is_ordered or (L <= S and tokens.kv_end is None and not operands.is_packed):
+            return tokens._replace(k_offset=0, k_offsets=None)
+        # without order queries before the first key count too, up to L of them, and no row stands before 0.
+        k_offsets = None if tokens.k_offsets is None else tokens.k_offsets.clamp(max=L)
+        return tokens._replace(k_offset=min(tokens.k_offset, L), k_offsets=k_offsets)
     if tokens.q_offsets is None and tokens.k_offsets is None:
         first = min(tokens.q_offset, tokens.k_offset)
         return tokens._replace(q_offset=tokens.q_offset - first, k_offset=tokens.k_offset - first)
@@ -252,7 +258,7 @@ def _count_from_first(tokens: Tokens) -> Tokens:
 def _autocast(*operands: Tensor) -> tuple[Tensor, ...]:
     """As torch's own attention under autocast: fp32 becomes autocast's dtype."""
     device = operands[0].device.type if isinstance(operands[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return operands
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -337,7 +343,7 @@ def attention(
     rule = check_rule(operands.q, scale, is_causal, window, softcap, table)
     freq, tables = check_table(operands, table, tokens, rule, rotated, debug)
     if rotated == "none" and tables.positions is None:
-        tokens = _count_from_first(tokens)
+        tokens = _count_from_first(operands, tokens, rule)
     refusal = sdpa_refusal(operands, tokens, rule, return_lse)
     if backend == "sdpa" and refusal is not None:
         raise ValueError(f'backend: expected "auto" or "triton", since "sdpa" can\'t serve {refusal}')
@@ -348,8 +354,9 @@ def attention(
         return out[0] if is_flat else out
     q, k, v = operands[:3]
     rotate_q, rotate_k = ROTATED[rotated]
-    learns = freq.requires_grad and (rotate_q or rotate_k)
-    wants_grad = torch.is_grad_enabled() and (learns or any(x.requires_grad for x in (q, k, v)))
+    if not (rotate_q or rotate_k):
+        freq = freq.detach()
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, freq))
     attend = _Attention.apply if wants_grad and not torch.compiler.is_compiling() else torch.ops.clex.attention
     out, lse, *_ = attend(q, k, v, freq, *tables, *tokens, *rule, rotate_q, rotate_k, wants_grad)
     if is_flat:

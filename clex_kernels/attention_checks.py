@@ -50,6 +50,8 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Any, cu_seqlen
         raise ValueError("cu_seqlens_q, cu_seqlens_k: expected both or neither")
     is_packed = cu_seqlens_q is not None
     if is_packed:
+        for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            _check_cu_seqlens(name, bounds, q.device)
         q, k, v = (x[None] if x.dim() == 3 else x for x in (q, k, v))
     check_operand("q", q, q)
     batch, _, heads, dims = q.shape
@@ -64,6 +66,8 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Any, cu_seqlen
     groups = k.shape[2]
     if groups == 0 or heads % groups:
         raise ValueError(f"q: expected H to be a multiple of G={groups}, got H={heads}")
+    if dims == 0:
+        raise ValueError("q: expected D of at least 1, got 0")
     if q.device.type != "cpu" and dims > MAX_HEAD_DIM:
         raise ValueError(f"q: expected D of at most {MAX_HEAD_DIM}, got {dims}")
     if max(q.shape[1], k.shape[1]) > MAX_TOKENS:
@@ -76,7 +80,7 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Any, cu_seqlen
 def check_choices(table: Any, rotated: str, backend: str, q: Tensor) -> None:
     """The kind of table, the two choices by name, and that the backend exists where q is."""
     check_kind(table)
-    if rotated not in ROTATED:
+    if rotated not in tuple(ROTATED):
         raise ValueError(f"rotated: expected one of {', '.join(map(repr, ROTATED))}, got {rotated!r}")
     if backend not in ("auto", "triton", "sdpa"):
         raise ValueError(f"backend: expected 'auto', 'triton' or 'sdpa', got {backend!r}")
@@ -126,11 +130,9 @@ def check_tokens(
     if is_packed:
         if kv_start is not None or kv_end is not None:
             raise ValueError("kv_start, kv_end: expected None with cu_seqlens_k, which bounds the keys")
-        for name, bounds, letter, rows in (
-            ("cu_seqlens_q", cu_seqlens_q, "L", q),
-            ("cu_seqlens_k", cu_seqlens_k, "S", k),
-        ):
-            _check_cu_seqlens(name, bounds, rows.shape[1], letter, q.device, debug)
+        for name, bounds, x in (("cu_seqlens_q", cu_seqlens_q, q), ("cu_seqlens_k", cu_seqlens_k, k)):
+            if _can_look(bounds, debug):
+                _check_bounds(name, bounds.tolist(), x.shape[1])
         if len(cu_seqlens_k) != count + 1:
             raise ValueError(f"cu_seqlens_k: expected shape [{count + 1}] as cu_seqlens_q's, got [{len(cu_seqlens_k)}]")
     for name, value, limit in (
@@ -203,18 +205,19 @@ def _can_look(x: Tensor, debug: bool) -> bool:
     return on_host(x) or debug
 
 
-def _check_cu_seqlens(name: str, bounds: Tensor, rows: int, letter: str, device: torch.device, debug: bool) -> None:
+def _check_cu_seqlens(name: str, bounds: Tensor, device: torch.device) -> None:
     if not isinstance(bounds, Tensor) or bounds.dtype not in (torch.int32, torch.int64):
         got = bounds.dtype if isinstance(bounds, Tensor) else type(bounds).__name__
         raise TypeError(f"{name}: expected torch.int32 or torch.int64, got {got}")
     if bounds.dim() != 1 or len(bounds) < 1 or bounds.device != device:
         raise ValueError(f"{name}: expected shape [B + 1] on {device}, got {list(bounds.shape)} on {bounds.device}")
-    if _can_look(bounds, debug):
-        values = bounds.tolist()
-        if values[0] != 0 or sorted(values) != values:
-            raise ValueError(f"{name}: expected bounds that start at 0 and do not decrease, got {values}")
-        if values[-1] > rows:
-            raise ValueError(f"{name}: expected bounds up to N = {rows} tokens, got {values[-1]} (past the end)")
+
+
+def _check_bounds(name: str, bounds: list[int], tokens: int) -> None:
+    if bounds[0] != 0 or sorted(bounds) != bounds:
+        raise ValueError(f"{name}: expected bounds that start at 0 and do not decrease, got {bounds}")
+    if bounds[-1] > tokens:
+        raise ValueError(f"{name}: expected bounds up to N = {tokens} tokens, got {bounds[-1]} (past the end)")
 
 
 def _check_per_sequence(

@@ -24,15 +24,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+import gate_cases
 import triton
+from gate_cases import CASES, Case
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from clex_kernels.kernels import rotary
-
 TRITON = "3.7.1"
 REPORTS = Path(__file__).parent.parent / "build" / "compile_gate"
+SOURCE = "".join(Path(file).read_text() for file in (__file__, gate_cases.__file__))
 
 
 class Target(NamedTuple):
@@ -49,26 +49,14 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """One launch. A trip through an innermost loop writes `elements` elements and reads `reads` times as many.
-
-    `is_streaming`: its loops move each element once, in accesses of 128 bits or more.
-    """
-
-    name: str
-    launch: Callable[[], Any]
-    elements: Callable[[dict[str, int]], int]
-    itemsize: int
-    reads: int = 1
-    is_streaming: bool = False
-
-
 @dataclass
 class Loop:
-    """An innermost loop: instructions, accesses to global memory by width in bits, bytes they move per element."""
+    """An innermost loop: instructions, of these on tensor cores, accesses to global memory by width in bits, and the
+    bytes they move per element.
+    """
 
     instructions: int
+    products: int
     spills: int
     reads: dict[str, int]
     writes: dict[str, int]
@@ -96,50 +84,6 @@ class Counts:
     loops: list[Loop] | None = None
 
 
-def rotary_cases() -> list[Case]:
-    """Both kernels for short and long sequences, the head shapes whose code differs, both kinds of table."""
-
-    def elements(constants: dict[str, int]) -> int:
-        return constants["BLOCK_L"] * constants["BLOCK_H"] * (2 * constants["BLOCK_R"] + constants["TAIL"])
-
-    def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def case(stem: str, size: str, dtype: torch.dtype, dims: int, pairs: int, variant: str = "") -> Case:
-        length, tile, tables = (1 if size == "short" else 4096), *((1, 16) if variant == "stack-positions" else (64, 1))
-        q, k = meta(2, length, 32, dims, dtype=dtype), meta(2, length, 8, dims, dtype=dtype)
-        coarse, fine = (meta(tables, n, 2, pairs, dtype=torch.float32) for n in (4096 // tile, tile))
-        positions = meta(tables, 4096, dtype=torch.float64) if tile == 1 else None
-        index = meta(2, dtype=torch.int64) if tables > 1 else None
-        ids = meta(2, length, dtype=torch.int64) if size == "short" else None
-        q_out, k_out = (q, k) if variant == "inplace" else (torch.empty_like(q), torch.empty_like(k))
-
-        def launch() -> None:
-            if stem == "rotary":
-                rotary.launch_rotary(q, k, q_out, k_out, coarse, fine, index, ids, 0, variant == "conjugate")
-            else:
-                dq, dk = torch.empty_like(q), torch.empty_like(k)
-                rotary.launch_rotary_bwd(q, k, q_out, k_out, dq, dk, coarse, fine, positions, index, ids, 0)
-
-        name = "-".join(filter(None, (stem, size, str(dtype)[6:], f"D{dims}-R{pairs}", variant)))
-        return Case(name, launch, elements, dtype.itemsize, 1 if stem == "rotary" else 2, dims == 2 * pairs)
-
-    half, single = torch.bfloat16, torch.float32
-    table = [(stem, size) for stem, tokens in rotary.TOKENS.items() for size in tokens._fields]
-    return [
-        *(case(stem, size, half, 128, 64) for stem, size in table),
-        *(case("rotary", "long", half, 128, 64, variant) for variant in ("inplace", "conjugate", "stack-positions")),
-        case("rotary", "long", single, 128, 64),
-        case("rotary", "long", half, 80, 16),
-        case("rotary", "long", half, 96, 12),
-        case("rotary_bwd", "long", half, 128, 64, "stack-positions"),
-        case("rotary_bwd", "long", single, 80, 16),
-    ]
-
-
-CASES = {case.name: case for case in rotary_cases()}
-
-
 class FakeDriver:
     """Stands in for a GPU of the target; its name as the device keeps Triton's caches of different targets apart."""
 
@@ -157,12 +101,14 @@ class FakeDriver:
 
 
 @contextlib.contextmanager
-def compiling(name: str) -> Iterator[list[tuple[Any, dict[str, int]]]]:
-    """Launches compile for the target instead, and are listed: the compiled kernel and its constants."""
+def compiling(name: str, only: str | None = None) -> Iterator[list[tuple[Any, dict[str, int]]]]:
+    """Launches (of the kernel `only`) compile for the target instead, and are listed: compiled kernel and constants."""
     compiled = []
     run, active = JITFunction.run, triton.runtime.driver._active
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if only not in (None, self.fn.__name__):
+            return
         constants = {key: value for key, value in kwargs.items() if key in self.arg_names}
         compiled.append((run(self, *args, grid=grid, warmup=True, **kwargs), constants))
 
@@ -239,17 +185,18 @@ def byte_count(widths: Counter[str], threads: int) -> int:
 def count_loop(instructions: list[str], threads: int, elements: int) -> Loop:
     reads, writes = accesses(instructions, "LDG"), accesses(instructions, "STG")
     spills = sum(bool(re.match(r"LDL|STL", text)) for text in instructions)
+    products = sum(bool(re.match(r"\w*MMA\b", text)) for text in instructions)
     bytes_read, bytes_written = (byte_count(widths, threads) / elements for widths in (reads, writes))
-    return Loop(len(instructions), spills, dict(reads), dict(writes), bytes_read, bytes_written)
+    return Loop(len(instructions), products, spills, dict(reads), dict(writes), bytes_read, bytes_written)
 
 
 def count(case: Case, target: str, known: dict[str, Counts]) -> Counts:
     """Compile one case for the target and count, or take the counts of the same code from `known`."""
-    with compiling(target) as compiled:
+    with compiling(target, case.kernel) as compiled:
         case.launch()
-    [(kernel, constants)] = compiled
+    kernel, constants = compiled[0]
     nvdisasm = find_nvdisasm()
-    key = hashlib.sha256(f"{kernel.hash} {nvdisasm} {Path(__file__).read_text()}".encode()).hexdigest()
+    key = hashlib.sha256(f"{kernel.hash} {nvdisasm} {SOURCE}".encode()).hexdigest()
     if case.name in known and known[case.name].key == key:
         return known[case.name]
     is_nvidia = TARGETS[target].gpu.backend == "cuda"
@@ -305,6 +252,8 @@ def problems(case: Case, counts: Counts, target: str) -> list[str]:
         moved, expected = (loop.bytes_read, loop.bytes_written), (case.reads * case.itemsize, case.itemsize)
         if moved != expected:
             found.append(f"{case.name}: expected {expected} bytes read and written per element, got {moved}")
-    if TARGETS[target].gpu.backend == "cuda" and counts.loops == []:
+    if case.has_loop and counts.loops == []:
         found.append(f"{case.name}: no loop found in its SASS")
+    if case.is_product and counts.loops is not None and not any(loop.products for loop in counts.loops):
+        found.append(f"{case.name}: no tensor-core instruction in its loops")
     return found

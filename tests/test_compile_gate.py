@@ -4,7 +4,8 @@ import torch
 triton = pytest.importorskip("triton")
 
 import compile_gate  # noqa: E402
-from compile_gate import CASES, TARGETS, TRITON, find_nvdisasm, gate, innermost_loops, problems  # noqa: E402
+from compile_gate import TARGETS, TRITON, Counts, find_nvdisasm, gate, innermost_loops, problems  # noqa: E402
+from gate_cases import CASES  # noqa: E402
 
 from clex_kernels.kernels import rotary  # noqa: E402
 
@@ -36,6 +37,38 @@ def test_every_configuration_compiles_within_the_targets_limits(target: str) -> 
 
 def test_no_more_than_sixty_configurations_a_target() -> None:
     assert len(CASES) <= 60
+
+
+def executed(counts: Counts, length: int, is_causal: bool) -> int:
+    """Instructions that the warps of one head of attention's forward pass execute over `length` queries and keys."""
+    masked, whole = sorted((loop.instructions for loop in counts.loops if loop.products), reverse=True)
+    rows, columns = counts.constants["BLOCK_L"], counts.constants["BLOCK_S"]
+    total = 0
+    for first in range(0, length, rows):
+        trips = (first + 1) // columns if is_causal else length // columns
+        all_trips = -(-(first + rows) // columns) if is_causal else length // columns
+        outside = counts.instructions - masked - whole
+        total += outside + trips * whole + (all_trips - trips) * masked
+    return total * counts.warps
+
+
+@pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if target.gpu.backend == "cuda"])
+def test_rotary_adds_no_instruction_to_the_loop_over_keys_and_little_to_the_call(target: str) -> None:
+    if triton.__version__ != TRITON or find_nvdisasm() is None:
+        pytest.skip("counts need the pinned triton and nvdisasm")
+    found = {counts.name: counts for counts in gate(target)}
+    keys = found["attention_fwd_keys"]
+    length, heads, key_heads = 4096, 32, 8
+    trip = max(loop.instructions for loop in keys.loops)
+    trips = -(-key_heads // keys.constants["BLOCK_H"])
+    pass_over_keys = (keys.instructions + (trips - 1) * trip) * keys.warps * length // keys.constants["BLOCK_L"]
+    # under causality the average query meets half the keys, and its own rotation weighs twice as much.
+    for name, bound in (("full", 1.03), ("causal", 1.06)):
+        fused, plain = (found[f"attention_fwd-inference-{name}{variant}"] for variant in ("", "-rotated"))
+        loops = [min(loop.instructions for loop in counts.loops if loop.products) for counts in (fused, plain)]
+        assert loops[0] <= loops[1]
+        with_rotary, without = (heads * executed(counts, length, name == "causal") for counts in (fused, plain))
+        assert with_rotary + pass_over_keys <= bound * without
 
 
 def test_innermost_loops_are_found_with_their_accesses() -> None:

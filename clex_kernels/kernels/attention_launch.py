@@ -1,6 +1,6 @@
 """What the launchers of attention's forward and backward kernels have in common, on the host."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -41,7 +41,7 @@ class TableOperand(NamedTuple):
 
 
 def head_constants(dims: int, pairs: int) -> dict[str, int]:
-    """Sizes of a head of D = dims with `pairs` rotated pairs and of the tiles that hold it; tl.dot needs 16 at least."""
+    """Sizes of a head of D = dims with `pairs` rotated pairs and of the tiles that hold it, 16 at least for tl.dot."""
     tail = dims - 2 * pairs
     block_r, block_t, block_d = (max(16, triton.next_power_of_2(size)) for size in (pairs, tail, dims))
     return {"D": dims, "R": pairs, "TAIL": tail, "BLOCK_D": block_d, "BLOCK_R": block_r, "BLOCK_T": block_t}
@@ -50,19 +50,21 @@ def head_constants(dims: int, pairs: int) -> dict[str, int]:
 def launch_config(tiles: dict[str, dict[int, tuple[int, ...]]], q: torch.Tensor, pairs: int) -> dict[str, int]:
     """Constexprs, warps and stages for q [B, L, H, D] of which `pairs` are rotated.
 
-    tiles has (BLOCK_L, BLOCK_S, warps, stages) by the largest BLOCK_D they serve, for "wgmma" (half precision on
-    Hopper and Blackwell datacentre GPUs, whose products read shared memory), "mma" (on others) and "fp32".
+    tiles has (BLOCK_L, BLOCK_S, warps, stages) by kind of product and the largest BLOCK_D they serve.
     """
     head = head_constants(q.shape[3], pairs)
-    kind = "fp32" if q.element_size() > 2 else "wgmma" if has_wgmma(q) else "mma"
-    block_l, block_s, warps, stages = next(tile for size, tile in tiles[kind].items() if head["BLOCK_D"] <= size)
+    by_size = tiles[product_kind(q)]
+    block_l, block_s, warps, stages = next(tile for size, tile in by_size.items() if head["BLOCK_D"] <= size)
     return {**head, "BLOCK_L": block_l, "BLOCK_S": block_s, "num_warps": warps, "num_stages": stages}
 
 
-def has_wgmma(x: torch.Tensor) -> bool:
-    """Whether the GPU that x is on multiplies tiles of shared memory, with room for large ones."""
+def product_kind(q: torch.Tensor) -> Literal["fp32", "mma", "wgmma"]:
+    """How a GPU multiplies tiles of q: on plain cores, from registers, or from shared memory and with much of it."""
+    if q.element_size() > 2:
+        return "fp32"
     # the interpreter's tensors have no GPU.
-    return x.device.type != "cpu" and triton.runtime.driver.active.get_current_target().arch in (90, 100, 103)
+    arch = None if q.device.type == "cpu" else triton.runtime.driver.active.get_current_target().arch
+    return "wgmma" if arch in (90, 100, 103) else "mma"
 
 
 def rule_constants(rule: Rule) -> dict[str, float | bool | None]:
@@ -78,7 +80,7 @@ def rule_constants(rule: Rule) -> dict[str, float | bool | None]:
 
 def precision(x: torch.Tensor) -> str:
     """How tl.dot multiplies fp32: as exactly as torch's own products do at this moment."""
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def sequence_count(batch: int, tokens: Tokens) -> int:

@@ -55,11 +55,14 @@ def load_cos_sin(
     """
     offs_r = tl.arange(0, BLOCK_R)[None, :]
     mask = in_table[:, None] & (offs_r < R)
-    coarse_ptrs = coarse_ptr + t * table_strides[0] + (rows // TILE)[:, None] * table_strides[1] + offs_r
+    # rows in the table are not negative, and unsigned division is a shift.
+    rows = rows.to(tl.uint64)
+    coarse_rows, fine_rows = (rows // TILE).to(tl.int64), (rows % TILE).to(tl.int64)
+    coarse_ptrs = coarse_ptr + t * table_strides[0] + coarse_rows[:, None] * table_strides[1] + offs_r
     cos = tl.load(coarse_ptrs, mask=mask, other=float("nan"))
     sin = tl.load(coarse_ptrs + R, mask=mask, other=float("nan"))
     if TILE > 1:
-        fine_ptrs = fine_ptr + t * table_strides[2] + (rows % TILE)[:, None] * table_strides[3] + offs_r
+        fine_ptrs = fine_ptr + t * table_strides[2] + fine_rows[:, None] * table_strides[3] + offs_r
         fine_cos = tl.load(fine_ptrs, mask=mask, other=0.0)
         fine_sin = tl.load(fine_ptrs + R, mask=mask, other=0.0)
         cos, sin = rotate(cos, sin, fine_cos, fine_sin)

@@ -13,7 +13,7 @@ from clex_kernels.kernels.common import rotate
 
 @triton.jit
 def load_columns(ptrs, mask, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """SIZE columns behind the row pointers ptrs [rows, 1], as [rows, BLOCK], zero past SIZE and where not mask [rows]."""
+    """SIZE columns behind the pointers ptrs [rows, 1], as [rows, BLOCK]: zero past SIZE and where not mask [rows]."""
     offs = tl.arange(0, BLOCK)[None, :]
     if mask is not None:
         return tl.load(ptrs + offs, mask=mask[:, None] & (offs < SIZE), other=0.0)
@@ -63,6 +63,13 @@ def rotate_parts(parts, cos, sin):
         return (y0, y1)
     else:
         return (y0, y1, parts[2].to(cos.dtype))
+
+
+@triton.jit
+def join_halves(parts):
+    """The two halves of heads that are rotated whole, R a power of two, as one part again."""
+    joined = tl.permute(tl.join(parts[0], parts[1]), (0, 2, 1))
+    return (tl.reshape(joined, (parts[0].shape[0], 2 * parts[0].shape[1])),)
 
 
 @triton.jit

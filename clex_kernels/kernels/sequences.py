@@ -1,8 +1,8 @@
 """Which tokens a program of an attention kernel works on, what they see, and what becomes of their logits.
 
-`tokens` is an attention_terms.Tokens. Bounds read from a device are clamped to the tensors' sizes, so that whatever they
-say nothing is read or written outside. Slots and query rows are int32 and stay below 2^29; `shift` is the position of
-query 0 less that of slot 0, so that query l stands where slot l + shift does.
+`tokens` is an attention_terms.Tokens. Bounds read from a device are clamped to the tensors' sizes, so that whatever
+they say nothing is read or written outside. Slots and query rows are int32 and stay below 2^29; `shift` is the position
+of query 0 less that of slot 0, so that query l stands where slot l + shift does.
 """
 
 import triton
@@ -47,9 +47,8 @@ def load_bounds(cu_seqlens, b, length):
 
 @triton.jit
 def load_sequence(tokens, b, L, S):
-    """Of sequence b: its row of the batch, row and number of its queries, row of its keys, slots [start, end), positions.
-
-    Rows are int64, as are the positions, those of query 0 and of slot 0.
+    """Of sequence b: its row of the batch, first row and number of its queries, first row of its keys, valid slots
+    [start, end), and the positions of query 0 and of slot 0. Rows and positions are int64.
     """
     # a zero of a program's own: in the interpreter a literal has no type.
     start = b * 0
