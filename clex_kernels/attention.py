@@ -195,12 +195,13 @@ class _Attention(torch.autograd.Function):
         nothing = (None,) * (len(Tables._fields) + len(Tokens._fields) + len(Rule._fields) + 3)
         if dout is None and dlse is None:
             return None, None, None, None, *nothing
-        out = ctx.saved_tensors[3]
+        # once: a checkpoint computes them anew at every look.
+        saved = ctx.saved_tensors
         if dout is None:
-            dout = torch.zeros_like(out)
+            dout = torch.zeros_like(saved[3])
         # the gradient of a sum is an expanded scalar, and the kernels need unit stride in D.
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        dq, dk, dv, dfreq = torch.ops.clex.attention_bwd(dout, dlse, *ctx.saved_tensors, *ctx.rest, ctx.wants_dfreq)
+        dq, dk, dv, dfreq = torch.ops.clex.attention_bwd(dout, dlse, *saved, *ctx.rest, ctx.wants_dfreq)
         return dq, dk, dv, dfreq if ctx.wants_dfreq else None, *nothing
 
 

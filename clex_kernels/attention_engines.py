@@ -31,6 +31,10 @@ def sdpa_refusal(operands: Operands, tokens: Tokens, rule: Rule, return_lse: boo
         "queries that do not end with the keys": (
             is_causal and tokens.q_offset not in (None, tokens.k_offset + k.shape[1] - q.shape[1])
         ),
+        # the compiler can't trace causal_lower_right, and a mask [L, S] in memory is what it is there to avoid.
+        "causal queries after other keys in compiled code": (
+            is_causal and 1 < q.shape[1] < k.shape[1] and torch.compiler.is_compiling()
+        ),
     }
     return next((reason for reason, applies in refusals.items() if applies), None)
 

@@ -73,6 +73,9 @@ def rotary_cases() -> list[Case]:
     ]
 
 
+CAUSAL = Rule(0.1, is_causal=True)
+
+
 class AttentionLaunch:
     """Launches of attention's kernels for one call, over tensors without memory."""
 
@@ -81,7 +84,7 @@ class AttentionLaunch:
         dims: int = 128,
         pairs: int = 64,
         dtype: torch.dtype = torch.bfloat16,
-        rule: Rule = Rule(0.1, is_causal=True),
+        rule: Rule = CAUSAL,
         variant: str = "",
     ):
         shape = (1, 4096) if variant == "packed" else (2, 4096)
@@ -107,7 +110,9 @@ class AttentionLaunch:
     def forward(self, saves: bool = True) -> None:
         q_rotated = torch.empty_like(self.q) if saves and self.rotates else None
         terms = (self.tables, self.tokens, self.rule, self.rotates)
-        attention_fwd.launch_attention_fwd(self.q, self.k, self.v, *terms, torch.empty_like(self.q), self.lse, q_rotated)
+        attention_fwd.launch_attention_fwd(
+            self.q, self.k, self.v, *terms, torch.empty_like(self.q), self.lse, q_rotated
+        )
 
     def backward(self) -> None:
         dq, dk, dv = map(torch.empty_like, (self.q, self.k, self.v))

@@ -5,9 +5,10 @@ triton = pytest.importorskip("triton")
 
 import compile_gate  # noqa: E402
 from compile_gate import TARGETS, TRITON, Counts, find_nvdisasm, gate, innermost_loops, problems  # noqa: E402
-from gate_cases import CASES  # noqa: E402
+from gate_cases import CASES, meta  # noqa: E402
 
-from clex_kernels.kernels import rotary  # noqa: E402
+from clex_kernels.attention_terms import Rule, Tables, Tokens  # noqa: E402
+from clex_kernels.kernels import attention_bwd, attention_fwd, rotary  # noqa: E402
 
 SASS = """
         /*0000*/                   LDL R1, [R2] ;
@@ -78,6 +79,23 @@ def test_innermost_loops_are_found_with_their_accesses() -> None:
     loop = compile_gate.count_loop(["LDG.E.128 R4", "LDG.E R5", "STL [R1]", "STG.E.64 R6"], threads=128, elements=256)
     assert (loop.spills, loop.reads, loop.writes) == (1, {"128": 1, "32": 1}, {"64": 1})
     assert (loop.bytes_read, loop.bytes_written) == (10, 4)
+
+
+def test_another_length_offset_or_window_of_attention_compiles_nothing_new() -> None:
+    q, k = (meta(2, 512, heads, 128, dtype=torch.bfloat16) for heads in (32, 8))
+    lse, fine = meta(2, 32, 512, dtype=torch.float32), meta(1, 64, 2, 64, dtype=torch.float32)
+    with compile_gate.compiling("sm_90") as compiled:
+        for length, keys, q_offset, k_offset, window in ((512, 512, 0, 0, 16), (16, 511, 48, 16, 1), (1, 7, 1, 1, 99)):
+            x, y = q[:, :length], k[:, :keys]
+            tables = Tables(meta(1, keys, 2, 64, dtype=torch.float32), fine)
+            tokens, rule = Tokens(q_offset=q_offset, k_offset=k_offset), Rule(0.1, window=window)
+            attention_fwd.launch_attention_fwd_keys(y, y, tables, tokens, length)
+            attention_fwd.launch_attention_fwd(x, y, y, tables, tokens, rule, True, x, lse[:, :, :length], x)
+            saved = (x, None, x, y, y, x, lse[:, :, :length])
+            attention_bwd.launch_attention_bwd(*saved, tables, tokens, rule, (True, True), True, x, y, y)
+    hashes = {(kernel.metadata.name, kernel.hash) for kernel, _ in compiled}
+    # the sums of dfreq are of two kinds of tiles.
+    assert len(hashes) == len({name for name, _ in hashes}) + 1
 
 
 def test_another_length_or_offset_compiles_nothing_new() -> None:

@@ -11,10 +11,10 @@ pytest.importorskip("pytest_benchmark")
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-from benchmarks import measure, report, summary
+from benchmarks import exact, formulations, measure, plots, report, summary
 from benchmarks.measure import Goal, Way
 from benchmarks.weights import learned_weights, perturbed
-from clex_kernels import ClexConfig
+from clex_kernels import ClexConfig, RotaryTable, attention
 from examples.train_tiny import Trainer, TrainingRun, draw_batch, next_byte_loss
 
 
@@ -214,6 +214,117 @@ def test_a_training_step_lowers_the_loss_and_moves_the_ode():
         after = next_byte_loss(trainer.model, tokens, plain).item()
     assert after < 0.8 * before
     assert not torch.equal(trainer.rope.proj_func.ode_down_proj, start)
+
+
+def make_layer_info(length: int, device: str = "cpu") -> summary.Info:
+    ways = ("ours", "plain", "compiled")
+    return make_info(
+        section="layer",
+        positions=length,
+        seconds=dict(zip(ways, (0.105, 0.1, 0.15), strict=True)),
+        curves={"device": device, "peak_bytes": dict(zip(ways, (12e6, 10e6, 16e6), strict=True))},
+        goals=[],
+    )
+
+
+def test_a_layers_costs_are_sorted_by_length_and_kept_apart_by_device():
+    cases = [make_info(), make_layer_info(2048), make_layer_info(1024), make_layer_info(1024, "cuda")]
+    costs = summary.layer_costs(cases, "cpu")
+    assert list(costs) == [1024, 2048]
+    assert costs[1024].over("seconds") == pytest.approx((1.05, 0.7))
+    assert costs[1024].over("peak_bytes") == pytest.approx((1.2, 0.75))
+    # the compiled way ran half as often.
+    assert costs[1024].rounds == 5
+    assert list(summary.layer_costs(cases, "cuda")) == [1024]
+    assert summary.layer_costs([make_info()], "cpu") == {}
+
+
+def test_a_length_that_was_not_measured_shows_as_such():
+    costs = summary.layer_costs([make_layer_info(1024)], "cpu")
+    rows = summary.layer_table(costs, [1024, 2048], "seconds").splitlines()[2:]
+    assert rows == [
+        "| 1,024 | 105 ms | 100 ms | 150 ms | 1.050x | 0.700x | 5 |",
+        "| 2,048 | not measured | - | - | - | - | - |",
+    ]
+    rows = summary.layer_table(costs, [1024], "peak_bytes").splitlines()[2:]
+    assert rows == ["| 1,024 | 12 MB | 10 MB | 16 MB | 1.200x | 0.750x | 1 |"]
+
+
+@pytest.mark.parametrize(("count", "text"), [(1.5e6, "1.5 MB"), (2.5e9, "2.5 GB"), (8211204, "8.21 MB")])
+def test_sizes_are_short(count, text):
+    assert summary.size(count) == text
+
+
+def test_a_layer_has_a_section_with_or_without_figures(tmp_path):
+    parts = report.layer_parts([make_layer_info(1024), make_layer_info(4096)])
+    assert parts[0] == "## What CLEX adds to an attention layer"
+    assert sum("| 1.050x | 0.700x |" in part for part in parts) == 1
+    assert "![latency and peak memory over plain RoPE](layer_cpu.png)" in parts
+    assert report.layer_parts([make_info()])[-1] == "Not measured in this run."
+    costs = summary.layer_costs([make_layer_info(1024), make_layer_info(4096)], "cpu")
+    plots.plot_layer(costs, (1.03, 0.95), tmp_path / "layer.png")
+    assert (tmp_path / "layer.png").stat().st_size > 0
+
+
+def test_peak_memory_follows_allocations_and_releases():
+    def run() -> torch.Tensor:
+        first = torch.empty(1 << 18)
+        second = torch.empty(1 << 19)
+        del first
+        third = torch.empty(1 << 16)
+        return second[:1] + third[:1]
+
+    result, peak = measure.peak_memory(run, torch.device("cpu"))
+    assert result.shape == (1,)
+    # the first two together, in fp32; the third fits into what the first gave back.
+    assert peak == 3 << 20
+
+
+def test_the_first_call_of_every_way_is_left_to_the_caller_and_checked():
+    log: list[tuple[str, int]] = []
+    followed: list[str] = []
+
+    def first(way: Way) -> int:
+        followed.append(way.name)
+        return way.run()
+
+    ways = make_way("ours", log), make_way("rival", log)
+    measure.compare(FakeBenchmark(), ways[0], ways[1:], rounds=2, first=first)
+    assert sorted(followed) == ["ours", "rival"]
+    with pytest.raises(ArithmeticError, match="rival"):
+        measure.compare(
+            FakeBenchmark(), ways[0], ways[1:], rounds=1, first=lambda way: -1 if way is ways[1] else way.run()
+        )
+
+
+def test_exact_attention_at_some_rows_gives_every_gradient():
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 9, 4, 8), (1, 9, 2, 8), (1, 9, 2, 8)
+    freq, positions = torch.tensor([1.0, 0.3, 0.1, 0.02], dtype=torch.float64), torch.arange(9) * 1.5
+    leaves = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    leaves = [leaf.requires_grad_() for leaf in (*leaves, freq)]
+    rows, everything = torch.tensor([0, 5, 8]), torch.arange(9)
+    whole, some = (exact.attention(*leaves, positions, picked) for picked in (everything, rows))
+    torch.testing.assert_close(some, whole[:, rows])
+    dout = torch.zeros_like(whole)
+    dout[:, rows] = torch.randn(some.shape, generator=generator, dtype=torch.float64)
+    for found, true in zip(
+        torch.autograd.grad(some, leaves, dout[:, rows]), torch.autograd.grad(whole, leaves, dout), strict=True
+    ):
+        torch.testing.assert_close(found, true)
+    q, k, v, freq = (leaf.detach() for leaf in leaves)
+    table = RotaryTable.from_frequencies(freq, positions=positions.double(), dtype=torch.float64)
+    torch.testing.assert_close(attention(q, k, v, table, is_causal=True), whole.detach())
+
+
+@pytest.mark.parametrize("name", ["softmax_attention", "sdpa_shared", "sdpa_repeated"])
+def test_attention_formulations_are_the_exact_one(name):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn((2, 9, heads, 8), generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    freq, positions = torch.tensor([1.0, 0.3, 0.1, 0.02], dtype=torch.float64), torch.arange(9.0)
+    true = exact.attention(q, k, v, freq, positions, torch.arange(9))
+    found = formulations.attend_with_frequencies(getattr(formulations, name), False)(q, k, v, freq, positions)
+    torch.testing.assert_close(found, true)
 
 
 def test_the_report_counts_missed_goals_and_names_them():

@@ -22,6 +22,7 @@ from clex_kernels.kernels.attention_launch import (
     rule_constants,
     sequence_count,
     tile_count,
+    token_arguments,
 )
 from clex_kernels.kernels.common import strides
 from clex_kernels.kernels.parts import load_columns
@@ -54,7 +55,7 @@ def attention_bwd_delta_kernel(
     tl.store(delta_ptr + b * delta_strides[0] + h * delta_strides[1] + rows, delta, mask=mask)
 
 
-@triton.jit(do_not_specialize=["length", "batch", "tokens"])
+@triton.jit(do_not_specialize=["length", "batch"])
 def attention_bwd_dfreq_kernel(
     partials_ptr,
     sums_ptr,
@@ -112,7 +113,7 @@ def launch_dfreq(
     count = sequence_count(batch, tokens)
     sums = torch.empty(count, heads, pairs, dtype=torch.float64, device=partials.device)
     attention_bwd_dfreq_kernel[count, heads](
-        *(partials, sums, tokens, length, count),
+        *(partials, sums, token_arguments(tokens)[0], length, count),
         IS_QUERY=is_query,
         R=pairs,
         BLOCK=block,
@@ -166,7 +167,8 @@ def launch_attention_bwd(
             if wants_dfreq and is_rotated:
                 partials = torch.empty(count_tiles, heads, R, dtype=torch.float64, device=q.device)
             kernel[count_tiles, heads](
-                *(*inputs, *map(Operand.of, outputs), partials, tokens, L, S, count, H // G, rule.window, T, C * tile),
+                *(*inputs, *map(Operand.of, outputs), partials, *token_arguments(tokens), L, S),
+                *(count, H // G, rule.window, T, C * tile),
                 ROTATE=is_rotated,
                 PRECISION=precision(q),
                 TILE=tile,

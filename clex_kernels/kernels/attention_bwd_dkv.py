@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from clex_kernels.kernels.attention_bwd_rows import finish_rows, load_query_rows, weigh
+from clex_kernels.kernels.attention_launch import NOT_SPECIALIZED
 from clex_kernels.kernels.parts import (
     add_products,
     dot_parts,
@@ -35,7 +36,7 @@ from clex_kernels.kernels.sequences import (
 TILES = {
     "mma": {64: (32, 128, 8, 2), 128: (16, 128, 8, 2), 256: (16, 32, 4, 2)},
     "wgmma": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 4, 1)},
-    "fp32": {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)},
+    "fp32": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
 }
 
 
@@ -78,7 +79,7 @@ def add_dk_dv(
     return (add_products(dk, dlogits.to(dout_rows.dtype), query, PRECISION), dv)
 
 
-@triton.jit(do_not_specialize=["L", "S", "batch", "T", "num_rows", "window", "tokens"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def attention_bwd_dkv_kernel(
     dout,
     q,
@@ -92,6 +93,8 @@ def attention_bwd_dkv_kernel(
     dv,
     partials_ptr,
     tokens,
+    q_offset,
+    k_offset,
     L,
     S,
     batch,
@@ -119,7 +122,7 @@ def attention_bwd_dkv_kernel(
     """dk and dv of BLOCK_S slots of a key head where they are valid, and their share of dfreq [tiles, G, R]."""
     dtype: tl.constexpr = lse_ptr.dtype.element_ty
     b, first = find_tile(tl.program_id(0), tokens.cu_seqlens_k, S, batch, BLOCK_S)
-    at, q_row, queries, k_row, start, end, q_first, k_first = load_sequence(tokens, b, L, S)
+    at, q_row, queries, k_row, start, end, q_first, k_first = load_sequence(tokens, q_offset, k_offset, b, L, S)
     slots = first + tl.arange(0, BLOCK_S)
     mask_s = (slots >= start) & (slots < end)
     key_head = tl.program_id(1).to(tl.int64)

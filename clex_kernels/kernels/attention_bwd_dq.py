@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from clex_kernels.kernels.attention_bwd_rows import finish_rows, load_query_rows, weigh
+from clex_kernels.kernels.attention_launch import NOT_SPECIALIZED
 from clex_kernels.kernels.parts import add_products, dot_parts, load_columns, load_parts, scale_parts, zero_parts
 from clex_kernels.kernels.sequences import (
     cap,
@@ -24,7 +25,7 @@ from clex_kernels.kernels.sequences import (
 TILES = {
     "mma": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 4, 2)},
     "wgmma": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-    "fp32": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
+    "fp32": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
 }
 
 
@@ -64,7 +65,7 @@ def add_dq(
     return add_products(dq, dlogits.to(values.dtype), keys, PRECISION)
 
 
-@triton.jit(do_not_specialize=["L", "S", "batch", "T", "num_rows", "window", "tokens"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def attention_bwd_dq_kernel(
     dout,
     q,
@@ -77,6 +78,8 @@ def attention_bwd_dq_kernel(
     dq,
     partials_ptr,
     tokens,
+    q_offset,
+    k_offset,
     L,
     S,
     batch,
@@ -106,7 +109,7 @@ def attention_bwd_dq_kernel(
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
     b, first = find_tile(tile, tokens.cu_seqlens_q, L, batch, BLOCK_L)
-    at, q_row, queries, k_row, start, end, q_first, k_first = load_sequence(tokens, b, L, S)
+    at, q_row, queries, k_row, start, end, q_first, k_first = load_sequence(tokens, q_offset, k_offset, b, L, S)
     if first >= queries:
         return
     offs_l = first + tl.arange(0, BLOCK_L)

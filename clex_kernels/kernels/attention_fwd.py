@@ -18,6 +18,7 @@ import triton.language as tl
 
 from clex_kernels.attention_terms import Rule, Tables, Tokens
 from clex_kernels.kernels.attention_launch import (
+    NOT_SPECIALIZED,
     Operand,
     TableOperand,
     launch_config,
@@ -26,6 +27,7 @@ from clex_kernels.kernels.attention_launch import (
     rule_constants,
     sequence_count,
     tile_count,
+    token_arguments,
 )
 from clex_kernels.kernels.common import strides
 from clex_kernels.kernels.parts import (
@@ -53,13 +55,15 @@ from clex_kernels.kernels.sequences import (
 )
 
 
-@triton.jit(do_not_specialize=["L", "S", "batch", "T", "num_rows", "tokens"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def attention_fwd_keys_kernel(
     k,
     k_rotated_ptr,
     k_rotated_strides,
     table,
     tokens,
+    q_offset,
+    k_offset,
     L,
     S,
     G,
@@ -75,7 +79,7 @@ def attention_fwd_keys_kernel(
 ):
     """The pass over k; slots past the valid ones are neither read nor written."""
     b, first = find_tile(tl.program_id(0), tokens.cu_seqlens_k, S, batch, BLOCK_L)
-    at, _, _, k_row, _, end, _, k_first = load_sequence(tokens, b, L, S)
+    at, _, _, k_row, _, end, _, k_first = load_sequence(tokens, q_offset, k_offset, b, L, S)
     slots = first + tl.arange(0, BLOCK_L)
     cos, sin = load_rotation(table, b, k_first + slots, slots < end, T, num_rows, R, TILE, BLOCK_R)
     rotate_heads(
@@ -125,7 +129,7 @@ def attend(
     return (out, total * faded + tl.sum(weights, axis=1), new_largest)
 
 
-@triton.jit(do_not_specialize=["L", "S", "batch", "T", "num_rows", "window", "tokens"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def attention_fwd_kernel(
     q,
     k,
@@ -136,6 +140,8 @@ def attention_fwd_kernel(
     lse_ptr,
     lse_strides,
     tokens,
+    q_offset,
+    k_offset,
     L,
     S,
     batch,
@@ -166,7 +172,7 @@ def attention_fwd_kernel(
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
     b, first = find_tile(tile, tokens.cu_seqlens_q, L, batch, BLOCK_L)
-    at, q_row, queries, k_row, start, end, q_first, k_first = load_sequence(tokens, b, L, S)
+    at, q_row, queries, k_row, start, end, q_first, k_first = load_sequence(tokens, q_offset, k_offset, b, L, S)
     if first >= queries:
         return
     offs_l = first + tl.arange(0, BLOCK_L)
@@ -231,19 +237,26 @@ def attention_fwd_kernel(
 TILES = {
     "mma": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
     "wgmma": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-    "fp32": {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)},
+    "fp32": {64: (64, 32, 8, 1), 128: (64, 16, 8, 1), 256: (32, 16, 8, 1)},
 }
 # slots by heads in a program of the pass over k.
 KEYS_TILE = {"BLOCK_L": 16, "BLOCK_H": 8, "num_warps": 4}
 
 
-def joins_halves(q: torch.Tensor, config: dict[str, int]) -> bool:
-    """Whether heads that are rotated whole go into products as one part again.
+def forward_config(q: torch.Tensor, pairs: int, softcap: float | None) -> dict[str, int | bool]:
+    """Constexprs, warps and stages, among them whether heads that are rotated whole are one part again in products.
 
     One product from shared memory is less work than two: 597 against 647 instructions in the loop on sm_100. From
     registers it is more, since joining moves them around in every trip: 778 against 482 on sm_80 (counted, D 128).
     """
-    return product_kind(q) == "wgmma" and config["TAIL"] == 0 and config["R"] == config["BLOCK_R"]
+    config = launch_config(TILES, q, pairs)
+    is_wgmma = product_kind(q) == "wgmma"
+    joins = is_wgmma and config["TAIL"] == 0 and config["R"] == config["BLOCK_R"]
+    if is_wgmma and (softcap is not None or (pairs > 0 and not joins)):
+        # on sm_100 several products of 128 columns exceed the tensor memory, where Triton 3.7 compiles a kernel that
+        # traps, and the tanh beside them spills.
+        config["BLOCK_S"] = 64
+    return {**config, "JOIN_HALVES": joins}
 
 
 def launch_attention_fwd_keys(k: torch.Tensor, k_rotated: torch.Tensor, tables: Tables, tokens: Tokens, L: int) -> None:
@@ -253,8 +266,8 @@ def launch_attention_fwd_keys(k: torch.Tensor, k_rotated: torch.Tensor, tables: 
     grid = (tile_count(tokens.cu_seqlens_k, k.shape[0], k.shape[1], KEYS_TILE["BLOCK_L"]),)
     with torch.cuda.device_of(k):
         attention_fwd_keys_kernel[grid](
-            *(Operand.of(k), k_rotated, strides(k_rotated, 3), TableOperand.of(tables), tokens),
-            *(L, k.shape[1], k.shape[2], sequence_count(k.shape[0], tokens), T, C * tile),
+            *(Operand.of(k), k_rotated, strides(k_rotated, 3), TableOperand.of(tables)),
+            *(*token_arguments(tokens), L, k.shape[1], k.shape[2], sequence_count(k.shape[0], tokens), T, C * tile),
             R=R,
             TAIL=k.shape[3] - 2 * R,
             TILE=tile,
@@ -281,15 +294,14 @@ def launch_attention_fwd(
     """
     T, C, _, R = tables.coarse.shape
     tile = tables.fine.shape[1]
-    config = launch_config(TILES, q, R if rotate_q else 0)
+    config = forward_config(q, R if rotate_q else 0, rule.softcap)
     grid = (tile_count(tokens.cu_seqlens_q, q.shape[0], q.shape[1], config["BLOCK_L"]), q.shape[2])
     with torch.cuda.device_of(q):
         attention_fwd_kernel[grid](
             *(Operand.of(q), Operand.of(k), Operand.of(v), TableOperand.of(tables), Operand.of(q_rotated)),
-            *(Operand.of(out), lse, strides(lse, 2), tokens, q.shape[1], k.shape[1]),
+            *(Operand.of(out), lse, strides(lse, 2), *token_arguments(tokens), q.shape[1], k.shape[1]),
             *(sequence_count(q.shape[0], tokens), q.shape[2] // k.shape[2], rule.window, T, C * tile),
             ROTATE_Q=rotate_q,
-            JOIN_HALVES=joins_halves(q, config),
             PRECISION=precision(q),
             TILE=tile,
             **rule_constants(rule),

@@ -83,6 +83,15 @@ def precision(x: torch.Tensor) -> str:
     return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+# values that change from call to call must not choose among compiled kernels.
+NOT_SPECIALIZED = ["q_offset", "k_offset", "L", "S", "batch", "window", "T", "num_rows"]
+
+
+def token_arguments(tokens: Tokens) -> tuple[Tokens, int | None, int]:
+    """The tensors of tokens, and its numbers by themselves, since Triton specializes what stands in a tuple."""
+    return tokens._replace(q_offset=None, k_offset=None), tokens.q_offset, tokens.k_offset
+
+
 def sequence_count(batch: int, tokens: Tokens) -> int:
     """B."""
     return batch if tokens.cu_seqlens_q is None else tokens.cu_seqlens_q.shape[0] - 1

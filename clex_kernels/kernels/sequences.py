@@ -1,8 +1,9 @@
 """Which tokens a program of an attention kernel works on, what they see, and what becomes of their logits.
 
-`tokens` is an attention_terms.Tokens. Bounds read from a device are clamped to the tensors' sizes, so that whatever
-they say nothing is read or written outside. Slots and query rows are int32 and stay below 2^29; `shift` is the position
-of query 0 less that of slot 0, so that query l stands where slot l + shift does.
+`tokens` is an attention_terms.Tokens without its numbers, which come by themselves. Bounds read from a device are
+clamped to the tensors' sizes, so that whatever they say nothing is read or written outside. Slots and query rows are
+int32 and stay below 2^29; `shift` is the position of query 0 less that of slot 0, so that query l stands where slot
+l + shift does.
 """
 
 import triton
@@ -46,7 +47,7 @@ def load_bounds(cu_seqlens, b, length):
 
 
 @triton.jit
-def load_sequence(tokens, b, L, S):
+def load_sequence(tokens, q_offset, k_offset, b, L, S):
     """Of sequence b: its row of the batch, first row and number of its queries, first row of its keys, valid slots
     [start, end), and the positions of query 0 and of slot 0. Rows and positions are int64.
     """
@@ -58,7 +59,7 @@ def load_sequence(tokens, b, L, S):
         at = start.to(tl.int64)
         q_row, queries = load_bounds(tokens.cu_seqlens_q, b, L)
         k_row, keys = load_bounds(tokens.cu_seqlens_k, b, S)
-    end, k_first = keys, start.to(tl.int64) + tokens.k_offset
+    end, k_first = keys, start.to(tl.int64) + k_offset
     if tokens.kv_end is not None:
         end = tl.minimum(tl.maximum(tl.load(tokens.kv_end + b), 0), keys).to(tl.int32)
     if tokens.kv_start is not None:
@@ -67,8 +68,8 @@ def load_sequence(tokens, b, L, S):
         k_first = tl.load(tokens.k_offsets + b).to(tl.int64)
     if tokens.q_offsets is not None:
         q_first = tl.load(tokens.q_offsets + b).to(tl.int64)
-    elif tokens.q_offset is not None:
-        q_first = q_row * 0 + tokens.q_offset
+    elif q_offset is not None:
+        q_first = q_row * 0 + q_offset
     else:
         q_first = k_first + end - queries
     return at, q_row, queries, k_row, start, end, q_first, k_first
