@@ -67,3 +67,16 @@ def frequency_gradient(y: Tensor, dy: Tensor, positions: Tensor) -> Tensor:
         dy0, dy1 = dy[:, rows].double().chunk(2, dim=-1)
         dangle[rows] = (dy1 * y0 - dy0 * y1).sum(dim=(0, 2))
     return positions.double() @ dangle
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, freq: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    """Causal attention [B, n, H, D] in fp64 of the query rows [n], over raw q, k and v; differentiable.
+
+    Only these rows are computed. A gradient that is zero in all others flows back through them alone, so that every
+    gradient of the whole attention is exact as well, at n/L of its cost.
+    """
+    cos, sin = reference.tables(freq.double(), positions.double())
+    q = reference.rotary(q[:, rows].double(), cos[rows], sin[rows])
+    k = reference.rotary(k.double(), cos, sin)
+    mask = torch.arange(k.shape[1], device=k.device) <= rows[:, None]
+    return reference.attention(q, k, v.double(), mask[None])[0]

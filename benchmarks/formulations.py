@@ -1,14 +1,19 @@
-"""Rotary as it is written in plain torch: the formulations that the package's rotary is compared with.
+"""Rotary and attention as they are written in plain torch: the formulations that the package is compared with.
 
-All rotate the whole of D, pairs (x_i, x_(R+i)), with cos and sin [L, R] in fp32, and compute in fp32. The `_into` forms
-write into memory the caller brings, the `_in_place` form into its input.
+Those of rotary rotate the whole of D, pairs (x_i, x_(R+i)), with cos and sin [L, R] in fp32, and compute in fp32. The
+`_into` forms write into memory the caller brings, the `_in_place` form into its input. Those of attention are causal,
+take raw q, k and v [B, L, ., D] with cos and sin [L, 2R] of `reference.tables`, and compute in the inputs' dtype, as
+transformers does.
 """
 
 import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from clex_kernels import reference
 
 
 def double(table: Tensor) -> Tensor:
@@ -81,5 +86,55 @@ def with_frequencies(formulation: Formulation, compiled: bool) -> Callable[..., 
         angle = positions[:, None] * freq
         cos, sin = angle.cos(), angle.sin()
         return formulation(q, cos, sin), formulation(k, cos, sin)
+
+    return torch.compile(apply, dynamic=False, fullgraph=True) if compiled else apply
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The package's reference: rotate-half, then softmax(q k^T) v."""
+    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+    q, k = (reference.rotary(x, cos, sin) for x in (q, k))
+    return reference.attention(q, k, v, mask[None])[0]
+
+
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate-half of x [B, H, L, D], the layout of transformers; cos and sin [L, D]."""
+    x0, x1 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-x1, x0), dim=-1) * sin
+
+
+def bare_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """No rotation at all; keys are shared by `enable_gqa`."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def sdpa_shared(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """transformers' sdpa attention without a mask."""
+    cos, sin = cos.to(q), sin.to(q)
+    q, k = (rotate_heads(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k))
+    return bare_sdpa(q, k, v)
+
+
+def sdpa_repeated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same with keys and values copied for every query head, as transformers does with a mask."""
+    cos, sin = cos.to(q), sin.to(q)
+    q, k = (rotate_heads(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k))
+    k, v = (x.transpose(1, 2).repeat_interleave(q.shape[2] // x.shape[2], dim=1).transpose(1, 2) for x in (k, v))
+    return bare_sdpa(q, k, v)
+
+
+@functools.cache
+def attend(formulation: Callable[..., Tensor], compiled: bool) -> Callable[..., Tensor]:
+    """An attention formulation, one compiled graph where `compiled`."""
+    return torch.compile(formulation, dynamic=False, fullgraph=True) if compiled else formulation
+
+
+@functools.cache
+def attend_with_frequencies(formulation: Callable[..., Tensor], compiled: bool) -> Callable[..., Tensor]:
+    """The same from frequencies [R] that want a gradient, through fp32 angles."""
+
+    def apply(q: Tensor, k: Tensor, v: Tensor, freq: Tensor, positions: Tensor) -> Tensor:
+        return formulation(q, k, v, *reference.tables(freq, positions))
 
     return torch.compile(apply, dynamic=False, fullgraph=True) if compiled else apply

@@ -11,13 +11,14 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 Label = Literal["measured", "counted", "modelled"]
 
@@ -69,10 +70,21 @@ class Comparison:
         return min(names, key=self.seconds.__getitem__)
 
 
+def run_plainly(way: Way) -> Any:
+    return way.run()
+
+
 def compare(
-    benchmark: BenchmarkFixture, ours: Way, others: Sequence[Way], rounds: int, wrong: float = 0.05
+    benchmark: BenchmarkFixture,
+    ours: Way,
+    others: Sequence[Way],
+    rounds: int,
+    wrong: float = 0.05,
+    first: Callable[[Way], Any] = run_plainly,
 ) -> Comparison:
     """Times all ways in alternation; pytest-benchmark's own figures are those of `ours`.
+
+    The very first, untimed call of a way is left to `first`, which returns its result.
 
     Raises:
         ArithmeticError: some error is NaN or above `wrong`.
@@ -95,7 +107,7 @@ def compare(
 
     for way in ways:
         way.prepare(0)
-        check(way, 0, way.run())
+        check(way, 0, first(way))
 
     turn = 0
     last: list[Any] = []
@@ -181,6 +193,33 @@ def max_difference(found: Tensor, exact: Tensor, chunk: int = 1 << 18) -> float:
         torch.sub(found[start : start + chunk], piece, out=part)
         worst = torch.maximum(worst, torch.linalg.vector_norm(part, float("inf")))
     return worst.item()
+
+
+def errors_over_largest(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """By name, the largest error over the largest exact value."""
+    return {name: max_difference(x.cpu(), exact[name]) / exact[name].abs().max().item() for name, x in found.items()}
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
+    """What `run` returns, and the most bytes of tensors it held at once beside those that were there before.
+
+    On the CPU it follows every allocation and release of PyTorch's allocator; what libraries allocate is not seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = run()
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as followed:
+        result = run()
+    events = [event for event in followed.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return result, most
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

@@ -1,6 +1,6 @@
 """The report's figures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from benchmarks.summary import Overhead
+from benchmarks.summary import LayerCost, Overhead
 from clex_kernels import ClexConfig, reference, solve_frequencies
 
 OURS, THEIRS, FAINT = "#0b6e4f", "#b5473c", "#9aa5b1"
@@ -45,7 +45,7 @@ def plot_loss(losses: Sequence[float], seconds: float, path: Path) -> None:
     axes.set(
         xlabel=f"step ({len(losses)} in {seconds:.0f} s)",
         ylabel="training loss (nats per byte)",
-        title="A byte-level Llama trained through apply_rotary",
+        title="A byte-level Llama trained with ClexAttention",
     )
     axes.legend(frameon=False)
     save(figure, path)
@@ -83,6 +83,24 @@ def plot_overheads(overheads: Sequence[Overhead], path: Path) -> None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set(xlabel="time over the same call with fixed frequencies", title="Overhead over plain RoPE")
+    save(figure, path)
+
+
+def plot_layer(costs: Mapping[int, LayerCost], goals: Sequence[float], path: Path) -> None:
+    """By length, what a layer with CLEX takes over frozen frequencies and over transformers; `goals` are for time."""
+    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.2))
+    for axes, quantity, title in zip(panels, ("seconds", "peak_bytes"), ("Latency", "Peak memory"), strict=True):
+        ratios = zip(*(cost.over(quantity) for cost in costs.values()), strict=True)
+        for color, against, ratio in zip((OURS, THEIRS), ("frozen frequencies", "transformers"), ratios, strict=True):
+            axes.plot(list(costs), ratio, "o-", color=color, label=f"CLEX over {against}")
+        axes.axhline(1.0, color="black", linewidth=1)
+        axes.set(xlabel="length (tokens)", ylabel="ratio", xscale="log", title=f"{title}, forward and backward")
+        axes.set_xticks(list(costs), [f"{length >> 10}K" for length in costs])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0.0)
+    for color, goal in zip((OURS, THEIRS), goals, strict=False):
+        panels[0].axhline(goal, color=color, linewidth=1, linestyle=":", label=f"goal: {goal}")
+    panels[0].legend(frameon=False, fontsize=8)
     save(figure, path)
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import plots, summary
 from benchmarks.measure import machine
+from benchmarks.shapes import LAYER_GOALS, LAYER_LENGTHS
 from examples.train_tiny import CONFIG, Trainer, TrainingRun, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,16 +30,26 @@ SECTIONS = {
     "tables": "Tables",
     "end to end": "Weights to cos and sin",
     "rotary": "Rotary",
+    "attention": "Attention",
+    "layer": "Attention layer",
     "training": "Training step",
 }
+LAYER_DEVICES = ("cpu", "cuda")
+LAYER_TEXT = """\
+Projections, attention and output projection, forward and backward, bf16. CLEX draws t and positions in every step and
+has gradients to its ODE; frozen is the same layer with one fixed table of plain RoPE; transformers-style is three
+linear layers, eager rotate-half and scaled_dot_product_attention with plain RoPE. At great lengths all three spend
+their time in PyTorch's attention, and on the CPU it is the same one."""
 RULES = """\
 Every figure is labelled: *measured* on the machine above in this run, *counted*, or *modelled*. All ways of a case run
 in one process and alternate round by round; times are medians over rounds, and ratios are of medians. Before each timed
 call, untimed, other inputs (or other weights) are written into the tensors that the call reads; after it, untimed, its
 output is compared with fp64 (frequencies: torchdiffeq dopri8 at 1e-13), and the largest error of all its calls is
-shown. The rival is the fastest of the formulations listed with it. The floor is a copy of the bytes that the operation
-writes. Threads and memory policy stand under each table. The ratio to the authors' way is no headline: it says how slow
-eager mode is; the floor and plain RoPE say what is left to gain."""
+shown; of attention, at sampled query rows, as its tables say. The rival is the fastest of the formulations listed with
+it. The floor is a copy of the bytes that the operation writes; of attention, PyTorch's own on q and k rotated
+beforehand. Peak memory is the most bytes of tensors held at once beside inputs and weights, in one call. Threads and
+memory policy stand under each table. The ratio to the authors' way is no headline: it says how slow eager mode is; the
+floor and plain RoPE say what is left to gain."""
 
 
 def main() -> None:
@@ -51,7 +62,7 @@ def main() -> None:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
 
-    print(f"1/4 train a tiny Llama through apply_rotary for {arguments.seconds:.0f} s", flush=True)
+    print(f"1/4 train a tiny Llama with ClexAttention for {arguments.seconds:.0f} s", flush=True)
     torch.manual_seed(0)
     run = train(Trainer(), arguments.seconds)
     save_run(run, out)
@@ -110,6 +121,9 @@ def draw_plots(run: TrainingRun, cases: list[summary.Info], out: Path) -> None:
     plots.plot_frequencies(run.up, run.down, CONFIG, out / "frequencies.png")
     if extra := summary.overheads(cases):
         plots.plot_overheads(extra, out / "overhead.png")
+    for device in LAYER_DEVICES:
+        if costs := summary.layer_costs(cases, device):
+            plots.plot_layer(costs, LAYER_GOALS, out / f"layer_{device}.png")
     whole, table = (first_curves(cases, section) for section in ("end to end", "tables"))
     if whole and table:
         plots.plot_errors(whole, table, error_goals(cases), out / "error.png")
@@ -122,6 +136,21 @@ def first_curves(cases: list[summary.Info], section: str) -> dict[str, Any]:
 def error_goals(cases: list[summary.Info]) -> dict[float, float]:
     """Number of positions -> bound on the error, from the end-to-end cases."""
     return {info["positions"]: info["goals"][0]["bound"] for info in cases if info["section"] == "end to end"}
+
+
+def layer_parts(cases: list[summary.Info]) -> list[str]:
+    """What CLEX adds to an attention layer: latency and peak memory by length, for every device that ran."""
+    parts = []
+    for device in LAYER_DEVICES:
+        if costs := summary.layer_costs(cases, device):
+            parts += [
+                f"Median latency, {device}, *measured*:",
+                summary.layer_table(costs, LAYER_LENGTHS, "seconds"),
+                f"Peak memory, {device}, *measured*:",
+                summary.layer_table(costs, LAYER_LENGTHS, "peak_bytes"),
+                f"![latency and peak memory over plain RoPE](layer_{device}.png)",
+            ]
+    return ["## What CLEX adds to an attention layer", LAYER_TEXT, *(parts or ["Not measured in this run."])]
 
 
 def index(about: dict[str, str], run: TrainingRun, cases: list[summary.Info], elapsed: float, complete: bool) -> str:
@@ -144,6 +173,7 @@ def index(about: dict[str, str], run: TrainingRun, cases: list[summary.Info], el
             [[o.name, summary.number(o.ratio, "x"), o.label] for o in summary.overheads(cases)],
         ),
         "![overhead over plain RoPE](overhead.png)",
+        *layer_parts(cases),
         "## Goals",
         summary.goal_table(verdicts),
         "## Error against position",

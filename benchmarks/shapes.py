@@ -38,3 +38,10 @@ class RotaryShape:
 
 LLAMA_4K = RotaryShape("Llama 8B at 4K", B=1, L=4096, H=32, G=8, D=128)
 ROTARY_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+GQA_1K = RotaryShape("grouped-query attention at 1K", B=1, L=1024, H=8, G=2, D=128)
+
+LAYER_LENGTHS = (1 << 10, 2 << 10, 4 << 10, 8 << 10, 16 << 10)
+LAYER_WIDTH, LAYER_HEADS, LAYER_KV_HEADS, LAYER_HEAD_DIM = 256, 4, 2, 64
+# most time that CLEX may take: over this package with frozen frequencies, and over transformers with plain RoPE.
+LAYER_GOALS = (1.03, 0.95)

@@ -1,7 +1,7 @@
 """From the benchmarks' JSON to the words and tables of the report."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,20 @@ class Overhead:
     name: str
     ratio: float
     label: str
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """An attention layer, forward and backward, at one length; each of [CLEX, frozen, transformers-style]."""
+
+    seconds: tuple[float, ...]
+    peak_bytes: tuple[float, ...]
+    rounds: int
+
+    def over(self, quantity: str) -> tuple[float, float]:
+        """What CLEX takes over this package with frozen frequencies, and over transformers' way with plain RoPE."""
+        clex, frozen, transformers = getattr(self, quantity)
+        return clex / frozen, clex / transformers
 
 
 def infos(document: dict[str, Any]) -> list[Info]:
@@ -74,6 +88,35 @@ def overheads(cases: Iterable[Info]) -> list[Overhead]:
     return found
 
 
+def layer_costs(cases: Iterable[Info], device: str) -> dict[int, LayerCost]:
+    """Length -> cost, of the lengths that were measured on the device, shortest first."""
+    costs = {}
+    for info in cases:
+        if info["section"] == "layer" and info["curves"]["device"] == device:
+            ways = (*info["overhead"], info["rival"])
+            seconds, peaks = (
+                tuple(values[way] for way in ways) for values in (info["seconds"], info["curves"]["peak_bytes"])
+            )
+            costs[info["positions"]] = LayerCost(seconds, peaks, min(info["rounds"][way] for way in ways))
+    return dict(sorted(costs.items()))
+
+
+def layer_table(costs: Mapping[int, LayerCost], lengths: Iterable[int], quantity: str) -> str:
+    """The seconds or peak_bytes of a layer by length, with ratios; a length that was not measured shows as such."""
+    shown = {"seconds": duration, "peak_bytes": size}[quantity]
+    header = ["length", "CLEX", "frozen", "transformers-style", "CLEX over frozen", "CLEX over transformers", "rounds"]
+    rows = []
+    for length in lengths:
+        if length not in costs:
+            rows.append([f"{length:,}", "not measured", *["-"] * (len(header) - 2)])
+            continue
+        cost = costs[length]
+        values = [shown(value) for value in getattr(cost, quantity)]
+        ratios = [number(ratio, "x") for ratio in cost.over(quantity)]
+        rows.append([f"{length:,}", *values, *ratios, str(cost.rounds) if quantity == "seconds" else "1"])
+    return markdown_table(header, rows)
+
+
 def number(value: float, unit: str = "") -> str:
     """Short and readable: 0.708x, 1,043x, 3.1e-13, 172."""
     if not math.isfinite(value):
@@ -92,6 +135,10 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-6:.3g} us"
+
+
+def size(count: float) -> str:
+    return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.3g} GB"
 
 
 def error_text(errors: dict[str, float]) -> str:

@@ -2,7 +2,7 @@
 
     python -m examples.train_tiny --seconds 30
 
-What a training loop needs is here in full: sampled length factors and positions, one rotary call per layer, and a
+What a training loop needs is here in full: sampled length factors and positions, one table for all layers, and a
 parameter group of its own for the ODE. Positions up to max_factor * train_length multiply its gradient, so it gets its
 own clip and a small learning rate: with a joint clip it would swamp every other gradient.
 """
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clex_kernels import ClexConfig, ClexRotaryEmbedding, RotaryTable, apply_rotary
+from clex_kernels import ClexAttention, ClexConfig, ClexRotaryEmbedding, RotaryTable
 
 CONFIG = ClexConfig(head_dim=128, train_length=128, max_factor=16)
 WIDTH, LAYERS, HEADS, KV_HEADS, VOCABULARY = 128, 3, 2, 1, 256
@@ -34,27 +34,17 @@ WARMUP_STEPS = 20
 class Block(nn.Module):
     """One Llama layer: grouped-query attention and a SwiGLU MLP."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int):
+    def __init__(self, config: ClexConfig, width: int, heads: int, kv_heads: int):
         super().__init__()
-        self.sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
-        self.head_dim = head_dim
         hidden = 8 * width // 3 // 32 * 32
         self.attention_norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.qkv = nn.Linear(width, sum(self.sizes), bias=False)
-        self.attention_out = nn.Linear(heads * head_dim, width, bias=False)
+        self.attention = ClexAttention(config, width, heads, kv_heads)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, table: RotaryTable) -> Tensor:
         """x [B, L, C] -> [B, L, C]."""
-        projected = self.qkv(self.attention_norm(x)).split(self.sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)
-        q, k = apply_rotary(q, k, table)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        groups = q.shape[1] // k.shape[1]
-        k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.attention_out(attended.transpose(1, 2).flatten(-2))
+        x = x + self.attention(self.attention_norm(x), table)
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.mlp_out(F.silu(gate) * up)
 
@@ -65,7 +55,7 @@ class TinyLlama(nn.Module):
     def __init__(self, config: ClexConfig, width: int = WIDTH, layers: int = LAYERS):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, width)
-        self.blocks = nn.ModuleList(Block(width, HEADS, KV_HEADS, config.head_dim) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(config, width, HEADS, KV_HEADS) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
         nn.init.normal_(self.embedding.weight, std=0.02)
 

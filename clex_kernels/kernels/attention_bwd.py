@@ -29,7 +29,7 @@ from clex_kernels.kernels.parts import load_columns
 from clex_kernels.kernels.sequences import first_tile_of, load_bounds, row_pointers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def attention_bwd_delta_kernel(
     dout,
     out,
