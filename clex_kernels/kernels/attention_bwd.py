@@ -29,7 +29,7 @@ from clex_kernels.kernels.parts import load_columns
 from clex_kernels.kernels.sequences import first_tile_of, load_bounds, row_pointers
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L", "dlse_strides"])
 def attention_bwd_delta_kernel(
     dout,
     out,
@@ -37,7 +37,6 @@ def attention_bwd_delta_kernel(
     delta_ptr,
     L,
     dlse_strides,
-    delta_strides,
     D: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -52,7 +51,7 @@ def attention_bwd_delta_kernel(
     if dlse_ptr is not None:
         dlse_ptrs = dlse_ptr + b * dlse_strides[0] + h * dlse_strides[1] + rows * dlse_strides[2]
         delta -= tl.load(dlse_ptrs, mask=mask, other=0.0)
-    tl.store(delta_ptr + b * delta_strides[0] + h * delta_strides[1] + rows, delta, mask=mask)
+    tl.store(delta_ptr + (b * tl.num_programs(1) + h) * L + rows, delta, mask=mask)
 
 
 @triton.jit(do_not_specialize=["length", "batch"])
@@ -94,10 +93,10 @@ PARTIALS_TILE = {"BLOCK_N": 16, "num_warps": 4}
 
 def launch_delta(dout: torch.Tensor, out: torch.Tensor, dlse: torch.Tensor | None, lse: torch.Tensor) -> torch.Tensor:
     """sum(dout out) - dlse, [B, H, L] like lse."""
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
     B, L, H, D = dout.shape
     attention_bwd_delta_kernel[triton.cdiv(L, DELTA_TILE["BLOCK_L"]), H, B](
-        *(Operand.of(dout), Operand.of(out), dlse, delta, L, strides(dlse, 3), strides(delta, 2)),
+        *(Operand.of(dout), Operand.of(out), dlse, delta, L, strides(dlse, 3)),
         D=D,
         BLOCK_D=head_constants(D, 0)["BLOCK_D"],
         **DELTA_TILE,
@@ -152,8 +151,9 @@ def launch_attention_bwd(
     count = sequence_count(batch, tokens)
     dfreq = torch.zeros(count, R, dtype=torch.float64, device=q.device) if wants_dfreq else None
     with torch.cuda.device_of(q):
+        lse = lse.contiguous()
         delta = launch_delta(dout, out, dlse, lse)
-        inputs = (*map(Operand.of, (dout, q, k, v)), lse, delta, strides(lse, 2), TableOperand.of(tables))
+        inputs = (*map(Operand.of, (dout, q, k, v)), lse, delta, TableOperand.of(tables))
 
         def launch(kernel, tiles, is_query: bool, outputs: tuple[torch.Tensor, ...]) -> None:
             config = launch_config(tiles, q, R if any(rotate) else 0)

@@ -87,7 +87,6 @@ def attention_bwd_dkv_kernel(
     v,
     lse_ptr,
     delta_ptr,
-    lse_strides,
     table,
     dk,
     dv,
@@ -142,7 +141,7 @@ def attention_bwd_dkv_kernel(
     offs_l = tl.arange(0, BLOCK_L)
     for member in range(group):
         h = key_head * group + member
-        lse_start = at * lse_strides[0] + h * lse_strides[1]
+        lse_start = (at * tl.num_programs(1) * group + h) * L
         lse_head_ptr, delta_head_ptr = lse_ptr + lse_start, delta_ptr + lse_start
         if IS_CAUSAL:
             for row in range(low, tl.minimum(whole_start, high), BLOCK_L):

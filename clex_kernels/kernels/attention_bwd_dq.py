@@ -73,7 +73,6 @@ def attention_bwd_dq_kernel(
     v,
     lse_ptr,
     delta_ptr,
-    lse_strides,
     table,
     dq,
     partials_ptr,
@@ -117,7 +116,7 @@ def attention_bwd_dq_kernel(
     rows_l = q_row + offs_l
     query = load_parts(row_pointers(q, at, rows_l, h), mask_l, R, TAIL, BLOCK_R, BLOCK_T)
     dout_rows = load_columns(row_pointers(dout, at, rows_l, h), mask_l, D, BLOCK_D)
-    lse_start = at * lse_strides[0] + h * lse_strides[1]
+    lse_start = (at * tl.num_programs(1) + h) * L
     lse, delta = load_query_rows(lse_ptr + lse_start, delta_ptr + lse_start, rows_l, mask_l)
 
     shift = shift_of(q_first, k_first)

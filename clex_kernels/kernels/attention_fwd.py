@@ -138,7 +138,6 @@ def attention_fwd_kernel(
     q_rotated,
     out,
     lse_ptr,
-    lse_strides,
     tokens,
     q_offset,
     k_offset,
@@ -231,7 +230,7 @@ def attention_fwd_kernel(
     total = tl.where(is_empty, 1.0, total)
     store_columns(row_pointers(out, at, rows_l, h), weighted / total[:, None], mask_l, D)
     lse = tl.where(is_empty, float("-inf"), largest / LOG2_E + tl.log(total))
-    tl.store(lse_ptr + at * lse_strides[0] + h * lse_strides[1] + rows_l, lse, mask=mask_l)
+    tl.store(lse_ptr + (at * tl.num_programs(1) + h) * L + rows_l, lse, mask=mask_l)
 
 
 TILES = {
@@ -288,7 +287,7 @@ def launch_attention_fwd(
     lse: torch.Tensor,
     q_rotated: torch.Tensor | None,
 ) -> None:
-    """Write out [B, L, H, D], lse [B, H, L] and q' (unless None) for q [B, L, H, D], k' and v [B, S, G, D].
+    """Write out [B, L, H, D], contiguous lse [B, H, L] and q' (unless None) for q like out, k' and v [B, S, G, D].
 
     Nothing is written for tokens of no sequence. At least one token, key and head.
     """
@@ -299,7 +298,7 @@ def launch_attention_fwd(
     with torch.cuda.device_of(q):
         attention_fwd_kernel[grid](
             *(Operand.of(q), Operand.of(k), Operand.of(v), TableOperand.of(tables), Operand.of(q_rotated)),
-            *(Operand.of(out), lse, strides(lse, 2), *token_arguments(tokens), q.shape[1], k.shape[1]),
+            *(Operand.of(out), lse, *token_arguments(tokens), q.shape[1], k.shape[1]),
             *(sequence_count(q.shape[0], tokens), q.shape[2] // k.shape[2], rule.window, T, C * tile),
             ROTATE_Q=rotate_q,
             PRECISION=precision(q),
