@@ -18,6 +18,8 @@ LAYERS = [
         "rotary",
         "qkv_rotary",
         "attention_checks",
+        "attention_spans",
+        "attention_blocks",
         "attention_cpu",
         "attention_engines",
         "attention",

@@ -234,9 +234,9 @@ def attention_fwd_kernel(
 
 
 TILES = {
-    "mma": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-    "wgmma": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-    "fp32": {64: (64, 32, 8, 1), 128: (64, 16, 8, 1), 256: (32, 16, 8, 1)},
+    "mma": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2), 512: (32, 32, 4, 2)},
+    "wgmma": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2), 512: (64, 32, 4, 2)},
+    "fp32": {64: (64, 32, 8, 1), 128: (64, 16, 8, 1), 256: (32, 16, 8, 1), 512: (16, 16, 8, 1)},
 }
 # slots by heads in a program of the pass over k.
 KEYS_TILE = {"BLOCK_L": 16, "BLOCK_H": 8, "num_warps": 4}
@@ -254,7 +254,7 @@ def forward_config(q: torch.Tensor, pairs: int, softcap: float | None) -> dict[s
     if is_wgmma and (softcap is not None or (pairs > 0 and not joins)):
         # on sm_100 several products of 128 columns exceed the tensor memory, where Triton 3.7 compiles a kernel that
         # traps, and the tanh beside them spills.
-        config["BLOCK_S"] = 64
+        config["BLOCK_S"] = min(config["BLOCK_S"], 64)
     return {**config, "JOIN_HALVES": joins}
 
 

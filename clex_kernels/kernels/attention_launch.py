@@ -50,11 +50,13 @@ def head_constants(dims: int, pairs: int) -> dict[str, int]:
 def launch_config(tiles: dict[str, dict[int, tuple[int, ...]]], q: torch.Tensor, pairs: int) -> dict[str, int]:
     """Constexprs, warps and stages for q [B, L, H, D] of which `pairs` are rotated.
 
-    tiles has (BLOCK_L, BLOCK_S, warps, stages) by kind of product and the largest BLOCK_D they serve.
+    tiles has (BLOCK_L, BLOCK_S, warps, stages) by kind of product and the most columns of a head that they serve.
     """
     head = head_constants(q.shape[3], pairs)
-    by_size = tiles[product_kind(q)]
-    block_l, block_s, warps, stages = next(tile for size, tile in by_size.items() if head["BLOCK_D"] <= size)
+    # parts are padded one by one: NeoX-20B's D = 96 with 12 pairs is 16 + 16 + 128 columns.
+    in_parts = head["BLOCK_T"] * (head["TAIL"] > 0) + 2 * head["BLOCK_R"] * (pairs > 0)
+    columns = max(head["BLOCK_D"], in_parts)
+    block_l, block_s, warps, stages = next(tile for most, tile in tiles[product_kind(q)].items() if columns <= most)
     return {**head, "BLOCK_L": block_l, "BLOCK_S": block_s, "num_warps": warps, "num_stages": stages}
 
 
