@@ -18,7 +18,9 @@ from benchmarks.measure import Comparison, Goal, Way, compare, errors_over_large
 from benchmarks.shapes import GQA_1K, LAYER_LENGTHS, MAX_FACTOR, ROTARY_DTYPES, RotaryShape
 from benchmarks.weights import Weights
 from clex_kernels import RotaryTable, attention, reference
+from clex_kernels.attention_checks import check_operands
 from clex_kernels.attention_engines import choose_engine
+from clex_kernels.attention_terms import Rule
 
 SETS = 2
 ROWS = 64
@@ -198,7 +200,7 @@ def bench_engines(benchmark: BenchmarkFixture, best_weights: Weights, length: in
     """What backend="auto" takes against the other engine, so that its rule can be judged."""
     shape = RotaryShape(f"{length} tokens", B=1, L=length, H=GQA_1K.H, G=GQA_1K.G, D=GQA_1K.D)
     case = Case(best_weights, shape, dtype, trains, device="cuda")
-    chosen = choose_engine(case.operands[0], refusal=None)
+    chosen = choose_engine(check_operands(*case.operands[:3], None, None), Rule(1.0, is_causal=True), refusal=None)
     other = "sdpa" if chosen == "triton" else "triton"
     ways = [case.our_way(name, "clex", backend=name) for name in (chosen, other)]
     result = compare(benchmark, ways[0], ways[1:], rounds=ROUNDS)

@@ -9,7 +9,7 @@ Backward, with P = exp(logits - lse) recomputed tile by tile from what the forwa
 
 and from dq', dk' the rotary's own backward (rotary.py) gives dq, dk and dfreq. Logits depend on differences of
 positions only, so where both q and k are rotated here the sum of dangle over all tokens of a sequence vanishes, and
-positions may be counted from anywhere: they are counted from the first, which keeps dfreq exact far from 0.
+positions may be counted from anywhere: they are counted from the first valid key, which keeps dfreq exact far from 0.
 
 Shapes: q [B, L, H, D], k and v [B, S, G, D], lse [B, H, L]; packed sequences are one row, q [1, N, H, D].
 attention_terms.py has the rest of an operator's arguments, rotary.py those of the table.
@@ -35,6 +35,7 @@ from clex_kernels.attention_engines import choose_engine, sdpa, sdpa_refusal
 from clex_kernels.attention_terms import Rule, Tables, Tokens
 from clex_kernels.extension import library
 from clex_kernels.rotary import sum_per_table
+from clex_kernels.rotary_checks import check_no_tangent
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 _TABLES = "Tensor coarse, Tensor fine, Tensor? positions, Tensor? index, "
@@ -114,19 +115,26 @@ def _attention_bwd_cpu(*arguments: Any) -> tuple[Tensor, ...]:
     return attention_cpu.attention_bwd(*arguments[:7], *_Terms.of(arguments[7:]))
 
 
+def _is_empty(q: Tensor, k: Tensor, tokens: Tokens) -> bool:
+    """Whether there is no query, no key or no sequence."""
+    has_sequence = tokens.cu_seqlens_q is None or tokens.cu_seqlens_q.shape[0] > 1
+    return q.numel() == 0 or k.numel() == 0 or not has_sequence
+
+
 def _attention_cuda(q: Tensor, k: Tensor, v: Tensor, freq: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     # imported at the first call: Triton does not exist on every platform.
     from clex_kernels.kernels.attention_fwd import launch_attention_fwd, launch_attention_fwd_keys
 
     tables, tokens, rule, rotate_q, rotate_k, save = _Terms.of(arguments)
     out, lse = _dense_like(q), _lse_like(q)
-    if tokens.cu_seqlens_q is not None or q.numel() == 0 or k.numel() == 0:
+    is_empty = _is_empty(q, k, tokens)
+    if tokens.cu_seqlens_q is not None or is_empty:
         # tokens of no sequence are nobody's to write.
         out.zero_()
         lse.fill_(-torch.inf)
     q_rotated = _dense_like(q) if save and rotate_q else None
     k_rotated = _dense_like(k) if rotate_k else k
-    if q.numel() and k.numel():
+    if not is_empty:
         if rotate_k:
             launch_attention_fwd_keys(k, k_rotated, tables, tokens, q.shape[1])
         launch_attention_fwd(q, k_rotated, v, tables, tokens, rule, rotate_q, out, lse, q_rotated)
@@ -141,7 +149,7 @@ def _attention_bwd_cuda(
 
     tables, tokens, rule, rotate_q, rotate_k, wants_dfreq = _Terms.of(arguments)
     is_partial = any(x is not None for x in (tokens.cu_seqlens_q, tokens.kv_start, tokens.kv_end))
-    is_empty = q.numel() == 0 or k.numel() == 0
+    is_empty = _is_empty(q, k, tokens)
     dq, dk, dv = (
         torch.zeros_like(x, memory_format=torch.contiguous_format) if is_partial or is_empty else _dense_like(x)
         for x in (q, k, v)
@@ -149,10 +157,6 @@ def _attention_bwd_cuda(
     dfreq = q.new_zeros((tables.coarse.shape[0], tables.coarse.shape[3]) if wants_dfreq else 0, dtype=torch.float64)
     if is_empty:
         return dq, dk, dv, dfreq
-    if tables.positions is not None:
-        positions = tables.positions
-        # counted from the first where both are rotated (module docstring).
-        tables = tables._replace(positions=positions - positions[:, :1] if rotate_q and rotate_k else positions)
     per_sequence = launch_attention_bwd(
         *(dout, dlse, q, k, v, out, lse, tables, tokens, rule, (rotate_q, rotate_k), wants_dfreq, dq, dk, dv)
     )
@@ -236,26 +240,6 @@ def _select(
     return table.select(lengths)
 
 
-def _count_from_first(operands: Operands, tokens: Tokens, rule: Rule) -> Tokens:
-    """The same differences between positions, with the first of q and of k at 0 or near it (module docstring)."""
-    if tokens.q_offset is None and tokens.q_offsets is None:
-        L, S = operands.q.shape[1], operands.k.shape[1]
-        is_ordered = rule.is_causal or rule.window is not None
-        if is_ordered or (L <= S and tokens.kv_end is None and not operands.is_packed):
-            return tokens._replace(k_offset=0, k_offsets=None)
-        # without order queries before the first key count too, up to L of them, and no row stands before 0.
-        k_offsets = None if tokens.k_offsets is None else tokens.k_offsets.clamp(max=L)
-        return tokens._replace(k_offset=min(tokens.k_offset, L), k_offsets=k_offsets)
-    if tokens.q_offsets is None and tokens.k_offsets is None:
-        first = min(tokens.q_offset, tokens.k_offset)
-        return tokens._replace(q_offset=tokens.q_offset - first, k_offset=tokens.k_offset - first)
-    given = tokens.k_offsets if tokens.q_offsets is None else tokens.q_offsets
-    q_offsets = torch.full_like(given, tokens.q_offset) if tokens.q_offsets is None else tokens.q_offsets
-    k_offsets = torch.full_like(given, tokens.k_offset) if tokens.k_offsets is None else tokens.k_offsets
-    first = torch.minimum(q_offsets, k_offsets)
-    return tokens._replace(q_offsets=q_offsets - first, k_offsets=k_offsets - first, q_offset=None, k_offset=0)
-
-
 def _autocast(*operands: Tensor) -> tuple[Tensor, ...]:
     """As torch's own attention under autocast: fp32 becomes autocast's dtype."""
     device = operands[0].device.type if isinstance(operands[0], Tensor) else "cpu"
@@ -334,6 +318,7 @@ def attention(
         TypeError: an argument is of the wrong type.
         ValueError: shapes, dtypes, devices or values don't fit, a position lies outside the table, or the backend can't
             serve the call.
+        RuntimeError: a forward-mode or a second derivative is asked for.
     """
     check_unsupported(attn_mask, dropout_p, interleaved)
     is_flat = isinstance(q, Tensor) and q.dim() == 3
@@ -343,13 +328,12 @@ def attention(
     table = _select(table, operands, tokens)
     rule = check_rule(operands.q, scale, is_causal, window, softcap, table)
     freq, tables = check_table(operands, table, tokens, rule, rotated, debug)
-    if rotated == "none" and tables.positions is None:
-        tokens = _count_from_first(operands, tokens, rule)
+    check_no_tangent("attention", *operands[:3], freq)
     refusal = sdpa_refusal(operands, tokens, rule, return_lse)
     if backend == "sdpa" and refusal is not None:
         raise ValueError(f'backend: expected "auto" or "triton", since "sdpa" can\'t serve {refusal}')
     if backend == "auto" and operands.q.is_cuda:
-        backend = choose_engine(operands.q, refusal)
+        backend = choose_engine(operands, rule, refusal)
     if backend == "sdpa":
         out = sdpa(operands, table, tokens, rule, rotated)
         return out[0] if is_flat else out

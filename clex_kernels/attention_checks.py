@@ -1,7 +1,7 @@
 """Checks of what attention is given, and its terms put together; values are looked at on the host, or under `debug`."""
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clex_kernels.attention_terms import Rule, Tables, Tokens
 from clex_kernels.rotary_checks import check_kind, check_operand, stacked
-from clex_kernels.tables import RotaryTable, RotaryTableStack, on_host
+from clex_kernels.tables import MAX_LENGTH, RotaryTable, RotaryTableStack, on_host
 
 # bounds of a sequence travel as 32-bit numbers inside kernels, with room for sums.
 MAX_TOKENS = 2**29
@@ -104,11 +104,11 @@ def check_rule(
         if not 0.0 < value < math.inf:
             raise ValueError(f"{name}: expected a finite number > 0, got {value}")
     if window is not None:
-        if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)):
+        if isinstance(window, bool) or not isinstance(window, (Integral, torch.SymInt)):
             raise TypeError(f"window: expected an int, got {type(window).__name__}")
         if window < 1:
             raise ValueError(f"window: expected at least 1 token, the query itself, got {window}")
-        window = min(window, MAX_TOKENS)
+        window = min(window if isinstance(window, torch.SymInt) else int(window), MAX_TOKENS)
     log_base = math.log(table.train_length) if table.log_scale else None
     softcap = None if softcap is None else float(softcap)
     return Rule(float(scale), is_causal, window, softcap, log_base, table.log_scale == "clamped")
@@ -144,8 +144,8 @@ def check_tokens(
     ):
         is_number = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
         if name.endswith("offset") and is_number:
-            if value < 0:
-                raise ValueError(f"{name}: expected a position >= 0, got {value}")
+            if not 0 <= value <= MAX_LENGTH:
+                raise ValueError(f"{name}: expected a position from 0 to {MAX_LENGTH}, got {value}")
         elif value is not None or name == "k_offset":
             _check_per_sequence(name, value, count, limit, q.device, debug)
     both = kv_start is not None and kv_end is not None and _can_look(kv_start, debug) and _can_look(kv_end, debug)

@@ -34,6 +34,18 @@ class _Rotation(NamedTuple):
             return [(slice(0, 2), span.q_position)]
         return [(slice(0, 1), span.q_position)] * self.rotates_q + [(slice(1, 2), span.k_position)] * self.rotates_k
 
+    def positions_of(self, span: Span, tables: Tables) -> Tensor | None:
+        """What the rows count in dfreq: from the span's first key, if both q and k are rotated here.
+
+        The sum of dangle over the span then vanishes; from 0, far out, dfreq would drown in its rounding.
+        """
+        coarse, fine, positions, _ = tables
+        if not (self.rotates_q and self.rotates_k) or (positions is None and span.k_position == 0):
+            return positions
+        if positions is None:
+            positions = torch.arange(coarse.shape[1] * fine.shape[1], dtype=torch.float64)[None]
+        return positions - positions[:, span.k_position : span.k_position + 1]
+
     def apply(self, q_and_k: list[Tensor], span: Span) -> list[Tensor]:
         coarse, fine, _, index = span.of_tables(self.tables)
         rotated = q_and_k.copy()
@@ -45,7 +57,9 @@ class _Rotation(NamedTuple):
 
     def undo(self, gradients: list[Tensor], rotated: list[Tensor], span: Span) -> None:
         """Turns the gradients to the rotated q and k, tensors of our own, into those to the raw ones; adds to dfreq."""
-        coarse, fine, positions, index = span.of_tables(self.tables)
+        tables = span.of_tables(self.tables)
+        coarse, fine, _, index = tables
+        positions = self.positions_of(span, tables)
         for which, position in self.turns(span):
             dy, y, pad = gradients[which], rotated[which], [None] * (len(rotated[which]) == 1)
             if self.dfreq is None:
@@ -151,12 +165,9 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk and dv, to the raw q and k where these were rotated here, contiguous, and dfreq [T, R] (else empty).
 
-    q and k are the rotated ones. Where both were rotated here, dfreq counts sampled positions from the first, since
-    the sum of dangle over a sequence vanishes; from 0 it would drown in that sum's rounding.
+    q and k are the rotated ones.
     """
     spans = cut_into_spans(q, k, tables, tokens, rule, in_blocks=dlse is not None)
-    if rotate_q and rotate_k and tables.positions is not None:
-        tables = tables._replace(positions=tables.positions - tables.positions[:, :1])
     sizes = (tables.coarse.shape[0], tables.coarse.shape[3])
     dfreq = q.new_zeros(sizes if wants_dfreq else 0, dtype=torch.float64)
     rotation = _Rotation(tables, rotate_q, rotate_k, dfreq if wants_dfreq else None)

@@ -39,18 +39,24 @@ def sdpa_refusal(operands: Operands, tokens: Tokens, rule: Rule, return_lse: boo
     return next((reason for reason, applies in refusals.items() if applies), None)
 
 
-def choose_engine(q: Tensor, refusal: str | None) -> Literal["triton", "sdpa"]:
-    """What backend="auto" takes for q on a GPU, where `refusal` is sdpa_refusal's answer.
+def choose_engine(operands: Operands, rule: Rule, refusal: str | None) -> Literal["triton", "sdpa"]:
+    """What backend="auto" takes on a GPU, where `refusal` is sdpa_refusal's answer.
 
-    sdpa from Hopper on, where cuDNN and FlashAttention use what Triton's compiler does not reach, and for fp32, whose
-    products this package's kernels leave to the plain cores. Otherwise Triton: it rotates keys once and queries on the
-    way, and their gradients back in its epilogues, where sdpa needs passes of their own over q, k, dq and dk. A rule
-    from reading, not from timing: nobody has measured it on a GPU yet; benchmarks/bench_attention.py does.
+    sdpa for half precision from Hopper on, where cuDNN and FlashAttention use what Triton's compiler does not reach,
+    for heads they serve (D up to 128); and for fp32, whose products this package's kernels leave to the plain cores,
+    where torch has a kernel that keeps no [L, S] matrix: equal numbers of heads, and no causal queries after other
+    keys. Otherwise Triton: it rotates keys once and queries on the way, and their gradients back in its epilogues,
+    where sdpa needs passes of their own over q, k, dq and dk. A rule from reading, not from timing: nobody has measured
+    it on a GPU yet; benchmarks/bench_attention.py does.
     """
+    q, k = operands.q, operands.k
     if refusal is not None or torch.version.hip is not None:
         return "triton"
-    is_hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
-    return "sdpa" if is_hopper or q.dtype == torch.float32 else "triton"
+    if q.dtype == torch.float32:
+        has_kernel = q.shape[2] == k.shape[2] and not (rule.is_causal and q.shape[1] != k.shape[1])
+    else:
+        has_kernel = torch.cuda.get_device_capability(q.device) >= (9, 0) and q.shape[3] <= 128
+    return "sdpa" if has_kernel else "triton"
 
 
 def sdpa(operands: Operands, table: RotaryTable | RotaryTableStack, tokens: Tokens, rule: Rule, rotated: str) -> Tensor:
@@ -58,13 +64,18 @@ def sdpa(operands: Operands, table: RotaryTable | RotaryTableStack, tokens: Toke
     q, k, v = operands[:3]
     rotate_q, rotate_k = ROTATED[rotated]
     q_offset = tokens.k_offset + k.shape[1] - q.shape[1] if tokens.q_offset is None else tokens.q_offset
-    if rotate_q and rotate_k and table.positions is not None:
-        table = replace(table, positions=table.positions - table.positions[..., :1])
-    if rotate_q and rotate_k and q.shape[1] == k.shape[1] and q_offset == tokens.k_offset:
+    k_offset = tokens.k_offset
+    if rotate_q and rotate_k and table.positions is None:
+        # only differences count, and near 0 dfreq keeps its digits.
+        first = min(q_offset, k_offset)
+        q_offset, k_offset = q_offset - first, k_offset - first
+    elif rotate_q and rotate_k:
+        table = replace(table, positions=table.positions - table.positions[..., k_offset : k_offset + 1])
+    if rotate_q and rotate_k and q.shape[1] == k.shape[1] and q_offset == k_offset:
         q, k = apply_rotary(q, k, table, offset=q_offset)
     else:
         q = apply_rotary(q, None, table, offset=q_offset)[0] if rotate_q else q
-        k = apply_rotary(k, None, table, offset=tokens.k_offset)[0] if rotate_k else k
+        k = apply_rotary(k, None, table, offset=k_offset)[0] if rotate_k else k
     L, S = q.shape[1], k.shape[1]
     options: dict[str, Any] = {"scale": rule.scale, "enable_gqa": q.shape[2] != k.shape[2]}
     if rule.is_causal and L == S:

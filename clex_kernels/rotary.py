@@ -23,7 +23,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from clex_kernels.extension import library
-from clex_kernels.rotary_checks import check_in_place, check_operand, check_out, check_positions, stacked
+from clex_kernels.rotary_checks import (
+    check_in_place,
+    check_no_tangent,
+    check_operand,
+    check_out,
+    check_positions,
+    stacked,
+)
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 library.define(
@@ -308,13 +315,14 @@ def apply_rotary(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, devices or strides don't fit, or a position lies outside the table.
-        RuntimeError: a leaf that requires grad is rotated in place.
+        RuntimeError: a leaf that requires grad is rotated in place, or a forward-mode derivative is asked for.
     """
     check_operand("q", q, q)
     if k is not None:
         check_operand("k", k, q)
     freq, coarse, fine, positions, index = stacked(q, table, q.shape[0], debug)
     check_positions(q, coarse.shape[1] * fine.shape[1], position_ids, offset, debug)
+    check_no_tangent("apply_rotary", q, k, freq)
     wants_grad = torch.is_grad_enabled() and (
         q.requires_grad or freq.requires_grad or (k is not None and k.requires_grad)
     )

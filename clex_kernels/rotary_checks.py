@@ -5,6 +5,7 @@ Values are looked at where that costs no synchronisation, that is on the host, o
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from clex_kernels.tables import RotaryTable, RotaryTableStack, check_index, on_host
 
@@ -28,6 +29,14 @@ def check_operand(name: str, x: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name}: expected shape [B={b}, L={length}, G, D={d}] as q's, got {list(x.shape)}")
     if x.shape[3] > 1 and x.stride(3) != 1 and x.numel() > 0:
         raise ValueError(f"{name}: expected unit stride in D, got strides {list(x.stride())}")
+
+
+def check_no_tangent(function: str, *tensors: Tensor | None) -> None:
+    """That no forward-mode derivative is asked for, which would come out as zero."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(f"{function}: has no forward-mode derivatives, got an input with a tangent (jvp)")
 
 
 def check_kind(table: RotaryTable | RotaryTableStack) -> None:
@@ -76,7 +85,8 @@ def check_choice(table: RotaryTableStack, sequences: int, debug: bool) -> None:
     """That every sequence has one of the tables of a stack."""
     tables = table.coarse.shape[0]
     if table.index is None:
-        if tables not in (1, sequences):
+        # one that is chosen from by length must not be taken for one table per sequence where T and B happen to agree.
+        if tables not in (1, sequences) or (tables > 1 and table.train_length is not None):
             raise ValueError(f"table: a stack of T={tables} needs an index [B={sequences}], call table.select(lengths)")
         return
     check_index(table.index, tables, table.device, debug)

@@ -242,7 +242,8 @@ class RotaryTableStack(_Factored):
     """T tables, one of which serves each sequence of a batch. A pytree; build it with `from_frequencies`.
 
     freq [T, R] fp64, t [T] fp64, positions [T, L] fp64 or None, coarse [T, C, 2, R], fine [T, F, 2, R]; the rest as in
-    RotaryTable. Sequence b uses table index[b] (int64 [B]); without an index table b, or the only one.
+    RotaryTable. Sequence b uses table index[b] (int64 [B]); without an index table b, or the only one; but a stack with
+    a train_length and no index is chosen from by length, by `select` or by attention.
     """
 
     freq: Tensor

@@ -15,8 +15,6 @@ from clex_kernels import reference
 from clex_kernels.attention_terms import Rule, Tables, Tokens
 from clex_kernels.tables import RotaryTableStack
 
-LENGTH = 448
-
 
 class Case(NamedTuple):
     """A call: B sequences, tokens as lists, and what logits are made of."""
@@ -35,6 +33,7 @@ class Case(NamedTuple):
     rotate_q: bool = True
     rotate_k: bool = True
     with_dlse: bool = False
+    table_length: int = 448
 
 
 CASES = {
@@ -60,6 +59,13 @@ CASES = {
         b=3, queries=5, tokens={"kv_start": [0, 2, 9], "kv_end": [20, 37, 9]}, rule={"is_causal": True}
     ),
     "ends past the cache": Case(tokens={"kv_start": [-3, 4], "kv_end": [37, 99]}, rule={"is_causal": True}),
+    "an empty sequence at the end of its table": Case(
+        queries=64, keys=64, tokens={"kv_start": [0, 64]}, rule={"is_causal": True}, table_length=64
+    ),
+    "keys that end at 0 without order": Case(queries=5, keys=8, tokens={"kv_end": [8, 0]}),
+    "bounds that do not start at 0": Case(
+        queries=40, keys=40, tokens={"cu_seqlens_q": [7, 20, 40], "cu_seqlens_k": [7, 20, 40]}, rule={"is_causal": True}
+    ),
     "softcap over padding": Case(tokens={"kv_start": [5, 0]}, rule={"is_causal": True, "softcap": 1.0}),
     "packed": Case(
         queries=70,
@@ -106,7 +112,31 @@ EMPTY = [
     Case(h=0, g=0),
     Case(keys=0, rule={"window": 3}),
     Case(queries=0, keys=5, tokens={"cu_seqlens_q": [0, 0], "cu_seqlens_k": [0, 5]}),
+    Case(queries=200, keys=200, tokens={"cu_seqlens_q": [0], "cu_seqlens_k": [0]}),
 ]
+
+
+FAR_ROWS = torch.arange(60.0, dtype=torch.float64)[None]
+# calls whose positions are far from 0, and sampled positions or None.
+FAR = {
+    "sampled positions": (Case(b=1, rule={"is_causal": True}), FAR_ROWS + 1e6),
+    "far rows of sampled positions": (
+        Case(b=1, tokens={"q_offset": 20, "k_offset": 20}, rule={"is_causal": True}),
+        torch.cat((FAR_ROWS[:, :20], FAR_ROWS[:, 20:] + 1e6), dim=1),
+    ),
+    "rows of a table": (
+        Case(b=1, tokens={"k_offset": 100_000}, rule={"is_causal": True}, table_length=100_100),
+        None,
+    ),
+    "rows of each sequence": (
+        Case(tokens={"q_offsets": [100_000, 7], "k_offsets": [100_000, 3]}, rule={"window": 9}, table_length=100_100),
+        None,
+    ),
+    "left padding": (
+        Case(b=1, queries=9, keys=3000, tokens={"kv_start": [2980]}, rule={"is_causal": True}, table_length=3008),
+        None,
+    ),
+}
 
 
 class Inputs(NamedTuple):
@@ -137,7 +167,7 @@ def make_tables(case: Case, freq: Tensor, dtype: torch.dtype, positions: Tensor 
     stack = RotaryTableStack.from_frequencies(
         freq,
         torch.arange(1.0, case.tables + 1, dtype=torch.float64),
-        length=LENGTH if positions is None else None,
+        length=case.table_length if positions is None else None,
         positions=positions,
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
     )
@@ -200,7 +230,7 @@ def expected(case: Case, inputs: Inputs, dtype: torch.dtype, positions: Tensor |
     q, k, v = (x.clone().requires_grad_() for x in given)
     freq = inputs.freq.clone().requires_grad_()
     if positions is None:
-        positions = torch.arange(LENGTH, dtype=torch.float64).expand(case.tables, -1)
+        positions = torch.arange(case.table_length, dtype=torch.float64).expand(case.tables, -1)
     out = torch.zeros_like(q)
     lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -math.inf)
     loss = torch.zeros((), dtype=dtype)
@@ -255,4 +285,4 @@ def assert_close(actual: list[Tensor], case: Case, inputs: Inputs, dtype: torch.
     for x, y, z in zip(actual[:5], in_dtype[:5], truth[:5], strict=True):
         assert_within_rule(x, y, z)
     # dfreq is fp64 by dtype only.
-    assert (actual[5] - truth[5]).abs().max() <= 30 * torch.finfo(dtype).eps * truth[5].abs().max()
+    assert_within_rule(actual[5].to(dtype), in_dtype[5].to(dtype), truth[5])

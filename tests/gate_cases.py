@@ -145,9 +145,12 @@ def attention_cases() -> list[Case]:
     shapes: dict[str, dict[str, Any]] = {
         "bfloat16-D64-R32": {"dims": 64, "pairs": 32},
         "bfloat16-D80-R16": {"dims": 80, "pairs": 16},
+        "bfloat16-D96-R12": {"dims": 96, "pairs": 12},
         "bfloat16-D128-R64": {},
+        "bfloat16-D128-R16": {"pairs": 16},
         "bfloat16-D128-rotated": {"variant": "rotated"},
         "bfloat16-D256-R128": {"dims": 256, "pairs": 128},
+        "bfloat16-D256-R32": {"dims": 256, "pairs": 32},
         "float32-D64-R32": {"dims": 64, "pairs": 32, "dtype": torch.float32},
         "float32-D128-R64": {"dtype": torch.float32},
         "float32-D256-R128": {"dims": 256, "pairs": 128, "dtype": torch.float32},

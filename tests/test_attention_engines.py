@@ -1,5 +1,7 @@
 """Which engine serves a call of attention, and torch's attention as one of them."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from attention_calls import Call, Given, assert_same, expected, make, make_table, outputs_and_gradients
@@ -80,24 +82,40 @@ def test_torch_s_attention_is_refused_what_it_lacks() -> None:
     assert "cu_seqlens" in sdpa_refusal(packed, Tokens(bounds, bounds), causal, False)
 
 
-@pytest.mark.parametrize(
-    ("capability", "hip", "dtype", "reason", "engine"),
-    [
-        ((8, 0), None, torch.bfloat16, None, "triton"),
-        ((8, 9), None, torch.float32, None, "sdpa"),
-        ((9, 0), None, torch.bfloat16, None, "sdpa"),
-        ((12, 0), None, torch.float16, None, "sdpa"),
-        ((9, 0), None, torch.bfloat16, "softcap", "triton"),
-        ((9, 4), "7.0", torch.float32, None, "triton"),
-    ],
-    ids=["A100", "L4-fp32", "H100", "RTX-5090", "H100-refused", "MI300-fp32"],
-)
-def test_the_engine_is_chosen_by_what_is_known_of_it(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str, dtype: torch.dtype, reason: str, engine: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    assert choose_engine(torch.empty(1, dtype=dtype), reason) == engine
+class Engine(NamedTuple):
+    """A GPU, a call, and what "auto" takes for it."""
+
+    capability: tuple[int, int]
+    engine: str
+    dtype: torch.dtype = torch.bfloat16
+    q_heads: int = 4
+    d: int = 64
+    keys: int = L
+    reason: str | None = None
+    hip: str | None = None
+
+
+ENGINES = {
+    "A100": Engine((8, 0), "triton"),
+    "H100": Engine((9, 0), "sdpa"),
+    "RTX 5090": Engine((12, 0), "sdpa", torch.float16),
+    "H100, heads that few kernels serve": Engine((9, 0), "triton", d=256),
+    "H100, refused": Engine((9, 0), "triton", reason="softcap"),
+    "L4, fp32": Engine((8, 9), "sdpa", torch.float32, q_heads=2),
+    "L4, fp32, grouped heads": Engine((8, 9), "triton", torch.float32),
+    "L4, fp32, causal after other keys": Engine((8, 9), "triton", torch.float32, q_heads=2, keys=2 * L),
+    "MI300": Engine((9, 4), "triton", hip="7.0"),
+}
+
+
+@pytest.mark.parametrize("case", ENGINES.values(), ids=ENGINES.keys())
+def test_the_engine_is_chosen_by_what_is_known_of_it(case: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case.capability)
+    monkeypatch.setattr(torch.version, "hip", case.hip)
+    q = torch.empty(1, L, case.q_heads, case.d, dtype=case.dtype)
+    k = torch.empty(1, case.keys, 2, case.d, dtype=case.dtype)
+    operands = check_operands(q, k, k, None, None)
+    assert choose_engine(operands, Rule(1.0, is_causal=True), case.reason) == case.engine
 
 
 def test_compiled_code_leaves_later_queries_to_the_operator() -> None:

@@ -1,10 +1,12 @@
 """From weights to a rotary that trains on a GPU, where torch sees one, against the same calls on the CPU."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
-from clex_kernels import ClexConfig, ClexRotaryEmbedding, apply_rotary
+from clex_kernels import ClexConfig, ClexRotaryEmbedding, apply_rotary, attention
 from clex_kernels.frequencies import solve_frequencies
 from clex_kernels.tables import RotaryTable
 
@@ -74,6 +76,40 @@ def test_rotary_and_its_gradients_are_the_cpus(dtype: torch.dtype, inplace: bool
     eps = torch.finfo(dtype).eps
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0.0, atol=4 * eps * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("backend", ["triton", "sdpa", "auto"])
+def test_attention_and_its_gradients_are_the_cpus(backend: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    sizes = [(2, 129, heads, CONFIG.head_dim) for heads in (4, 2, 2, 4)]
+    *q_k_v, dout = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
+    results = []
+    for device in ("cpu", "cuda"):
+        freq = (10000.0 ** -(torch.arange(16, dtype=torch.float64) / 16)).to(device).requires_grad_()
+        leaves = [x.to(device, copy=True).requires_grad_() for x in q_k_v]
+        table = RotaryTable.from_frequencies(freq, length=192)
+        out = attention(*leaves, table, is_causal=True, backend=backend if device == "cuda" else "auto")
+        out.backward(dout.to(device))
+        results.append([x.detach().cpu().double() for x in (out, *(leaf.grad for leaf in leaves), freq.grad)])
+    eps = torch.finfo(dtype).eps
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0.0, atol=8 * eps * expected.abs().max().item())
+
+
+def test_attention_runs_in_a_cuda_graph() -> None:
+    q = torch.randn(2, 64, 4, CONFIG.head_dim, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(2, 64, 2, CONFIG.head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    starts = torch.tensor([0, 9], device="cuda")
+    stack = make_embedding("cuda").eval().stack()
+    run = partial(attention, q, k, v, stack, is_causal=True, kv_start=starts, backend="triton")
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    starts.copy_(torch.tensor([30, 0]))
+    graph.replay()
+    torch.testing.assert_close(captured, run(), rtol=0.0, atol=0.0)
 
 
 def test_a_training_step_reaches_both_weights_of_the_ode() -> None:

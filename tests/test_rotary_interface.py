@@ -257,6 +257,12 @@ def test_operators_for_cuda_agree_with_those_for_the_cpu() -> None:
         torch.testing.assert_close((q, k), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_forward_mode_is_refused() -> None:
+    q, k = inputs()
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        torch.func.jvp(lambda x: apply_rotary(x, k, make_table())[0], (q,), (q,))
+
+
 def test_meta_and_fake_tensors() -> None:
     with FakeTensorMode():
         q, k = torch.empty(B, L, H, D, dtype=torch.bfloat16), torch.empty(B, L, G, D, dtype=torch.bfloat16)
@@ -374,6 +380,11 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         ValueError,
         "share memory",
         lambda: call(torch.randn(999).as_strided((1, L, H, D), (0, H * D, D - 4, 1)), inplace=True),
+    ),
+    "stack-to-choose-from": (
+        ValueError,
+        r"needs an index \[B=2\], call table.select",
+        lambda: apply_rotary(Q, None, make_stack(2, train_length=16)),
     ),
     "out-text": (TypeError, r"out\[0\]: expected a tensor, got str", lambda: call(Q, out=("text", None))),
     "out-crossed": (ValueError, "share no memory", lambda: apply_rotary(Q, Q + 1, make_table(), out=(Q.clone(), Q))),

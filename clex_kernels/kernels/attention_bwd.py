@@ -42,8 +42,9 @@ def attention_bwd_delta_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """delta [B, H, L] of BLOCK_L queries of one head."""
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    rows = (tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
+    tiles = tl.cdiv(L, BLOCK_L)
+    b, h = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1).to(tl.int64)
+    rows = (tl.program_id(0) % tiles * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
     mask = rows < L
     dtype: tl.constexpr = delta_ptr.dtype.element_ty
     dout_rows = load_columns(row_pointers(dout, b, rows, h), mask, D, BLOCK_D).to(dtype)
@@ -75,7 +76,7 @@ def attention_bwd_dfreq_kernel(
         first, rows = b * tl.cdiv(length, BLOCK), length
     else:
         _, rows = load_bounds(cu_seqlens, b, length)
-        first = first_tile_of(cu_seqlens, b, BLOCK)
+        first = first_tile_of(cu_seqlens, b, length, BLOCK)
     offs_r = tl.arange(0, BLOCK_R)[None, :]
     total = tl.zeros([BLOCK_R], tl.float64)
     tiles = tl.cdiv(rows, BLOCK)
@@ -95,7 +96,7 @@ def launch_delta(dout: torch.Tensor, out: torch.Tensor, dlse: torch.Tensor | Non
     """sum(dout out) - dlse, [B, H, L] like lse."""
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
     B, L, H, D = dout.shape
-    attention_bwd_delta_kernel[triton.cdiv(L, DELTA_TILE["BLOCK_L"]), H, B](
+    attention_bwd_delta_kernel[B * triton.cdiv(L, DELTA_TILE["BLOCK_L"]), H](
         *(Operand.of(dout), Operand.of(out), dlse, delta, L, strides(dlse, 3)),
         D=D,
         BLOCK_D=head_constants(D, 0)["BLOCK_D"],
@@ -170,6 +171,7 @@ def launch_attention_bwd(
                 *(*inputs, *map(Operand.of, outputs), partials, *token_arguments(tokens), L, S),
                 *(count, H // G, rule.window, T, C * tile),
                 ROTATE=is_rotated,
+                IS_CENTRED=all(rotate),
                 PRECISION=precision(q),
                 TILE=tile,
                 **rule_constants(rule),

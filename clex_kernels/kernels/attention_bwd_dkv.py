@@ -102,6 +102,7 @@ def attention_bwd_dkv_kernel(
     T,
     num_rows,
     ROTATE: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -133,7 +134,7 @@ def attention_bwd_dkv_kernel(
     low, whole_start, whole_end, high = query_blocks(
         first, queries, start, end, shift, window, IS_CAUSAL, BLOCK_L, BLOCK_S
     )
-    if first >= end:
+    if (first >= end) | (first + BLOCK_S <= start):
         # nobody sees these slots.
         whole_end, high = whole_start, low
     scale = load_scale(tokens, b, start, end, dtype, SCALE, LOG_BASE, LOG_CLAMPED)
@@ -149,7 +150,7 @@ def attention_bwd_dkv_kernel(
                 seen = is_visible(offs[None, :], slots[:, None], start, end, shift, window, IS_CAUSAL)
                 sums = add_dk_dv(
                     *(sums, keys, values, q, dout, lse_head_ptr, delta_head_ptr, at, q_row + offs, h),
-                    *(seen, offs < queries, scale, D, R, TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, BLOCK_T),
+                    *(seen, offs < high, scale, D, R, TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, BLOCK_T),
                 )
         for row in range(whole_start, whole_end, BLOCK_L):
             sums = add_dk_dv(
@@ -161,7 +162,7 @@ def attention_bwd_dkv_kernel(
             seen = is_visible(offs[None, :], slots[:, None], start, end, shift, window, IS_CAUSAL)
             sums = add_dk_dv(
                 *(sums, keys, values, q, dout, lse_head_ptr, delta_head_ptr, at, q_row + offs, h),
-                *(seen, offs < queries, scale, D, R, TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, BLOCK_T),
+                *(seen, offs < high, scale, D, R, TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, BLOCK_T),
             )
 
     dk_rows, dv_rows = sums
@@ -173,6 +174,7 @@ def attention_bwd_dkv_kernel(
     if partials_ptr is not None:
         partials_ptr += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + key_head) * R
     finish_rows(
-        *(dk_rows, keys, row_pointers(dk, at, rows_s, key_head), partials_ptr, table, b),
-        *(k_first + slots, k_first + first, mask_s, T, num_rows, ROTATE, R, TAIL, TILE, BLOCK_R),
+        *(dk_rows, keys, row_pointers(dk, at, rows_s, key_head), mask_s, partials_ptr, table, b),
+        *(k_first + slots, k_first + tl.maximum(first, start), k_first + start, mask_s, T, num_rows),
+        *(ROTATE, IS_CENTRED, R, TAIL, TILE, BLOCK_R),
     )

@@ -19,6 +19,7 @@ from clex_kernels.kernels.sequences import (
     load_scale,
     load_sequence,
     row_pointers,
+    sees_something,
     shift_of,
 )
 
@@ -87,6 +88,7 @@ def attention_bwd_dq_kernel(
     T,
     num_rows,
     ROTATE: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -147,13 +149,12 @@ def attention_bwd_dq_kernel(
             *(D, R, TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, BLOCK_T),
         )
 
-    first_row, rows = q_first + first, q_first + offs_l
-    if IS_CAUSAL:
-        # queries before the first key have no gradient, and perhaps no row of the table.
-        first_row, rows = tl.maximum(first_row, k_first + start), tl.maximum(rows, k_first + start)
+    sees = sees_something(offs_l, queries, start, end, shift, window, IS_CAUSAL)
+    # distances are from the first row that sees a key.
+    first_row = tl.maximum(q_first + first, k_first + start) if IS_CAUSAL else q_first + first
     if partials_ptr is not None:
         partials_ptr += (tile.to(tl.int64) * tl.num_programs(1) + h) * R
     finish_rows(
-        *(scale_parts(total, scale), query, row_pointers(dq, at, rows_l, h), partials_ptr, table, b),
-        *(rows, first_row, mask_l, T, num_rows, ROTATE, R, TAIL, TILE, BLOCK_R),
+        *(scale_parts(total, scale), query, row_pointers(dq, at, rows_l, h), mask_l, partials_ptr, table, b),
+        *(q_first + offs_l, first_row, k_first + start, sees, T, num_rows, ROTATE, IS_CENTRED, R, TAIL, TILE, BLOCK_R),
     )

@@ -6,7 +6,8 @@ and sums dfreq over the rows of the tile:
     dangle = dy1 y0 - dy0 y1        sum p dangle = sum (p - p_0) dangle + p_0 sum dangle
 
 with p_0 the position of the tile's first row. Both sums are in the accumulators' dtype, since p - p_0 is small; the
-product with p_0 is fp64.
+product with p_0 is fp64. Where q and k are both rotated here the sum of dangle over a sequence vanishes, and p counts
+from the first valid key: from 0, far out, dfreq would drown in the rounding of that sum.
 """
 
 import triton
@@ -36,20 +37,14 @@ def load_query_rows(lse_ptr, delta_ptr, rows, mask):
 
 
 @triton.jit
-def load_distances(table, b, rows, first_row, mask, T, num_rows, dtype: tl.constexpr):
-    """Positions of table rows less that of first_row, zero where not mask, and that one in fp64."""
+def load_positions(table, t, rows, mask, T, num_rows):
+    """Positions in fp64 of rows of table t, 0 where masked or not there."""
     if table.positions is None:
-        distance, origin = (rows - first_row).to(dtype), first_row.to(tl.float64)
+        return rows.to(tl.float64)
     else:
-        t = load_table_index(table.index, table.index_strides, b, T)
-        is_table = (t >= 0) & (t < T)
-        positions_ptr = table.positions + t * table.positions_strides[0]
-        has_origin = is_table & (first_row >= 0) & (first_row < num_rows)
-        origin = tl.load(positions_ptr + first_row * table.positions_strides[1], mask=has_origin, other=0.0)
-        in_table = mask & is_table & (rows >= 0) & (rows < num_rows)
-        position = tl.load(positions_ptr + rows * table.positions_strides[1], mask=in_table, other=0.0)
-        distance = (position - origin).to(dtype)
-    return tl.where(mask, distance, 0.0), origin
+        in_table = mask & (rows >= 0) & (rows < num_rows) & (t >= 0) & (t < T)
+        ptrs = table.positions + t * table.positions_strides[0] + rows * table.positions_strides[1]
+        return tl.load(ptrs, mask=in_table, other=0.0)
 
 
 @triton.jit
@@ -57,33 +52,42 @@ def finish_rows(
     dy,
     y,
     dx_ptrs,
+    mask,
     partials_ptr,
     table,
     b,
     rows,
     first_row,
-    mask,
+    centre_row,
+    has_angle,
     T,
     num_rows,
     ROTATE: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
     R: tl.constexpr,
     TAIL: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Rotate the gradient dy of y back, store it, and store the rows' share of dfreq unless its pointer is None.
+    """Rotate the gradient dy of y back, store it where mask, and store the rows' share of dfreq if it has a pointer.
 
-    rows are the table's, first_row that of the tile; where not mask, dy is zero.
+    rows are the table's, first_row the tile's first, centre_row that from which positions count if IS_CENTRED. Rows
+    without an angle have no gradient.
     """
     if ROTATE:
         if partials_ptr is not None:
             dangle = dy[1] * y[0].to(dy[0].dtype) - dy[0] * y[1].to(dy[0].dtype)
-            distance, origin = load_distances(table, b, rows, first_row, mask, T, num_rows, dangle.dtype)
+            t = load_table_index(table.index, table.index_strides, b, T)
+            origin = load_positions(table, t, first_row, True, T, num_rows)
+            distance = (load_positions(table, t, rows, has_angle, T, num_rows) - origin).to(dangle.dtype)
+            distance = tl.where(has_angle, distance, 0.0)
+            if IS_CENTRED:
+                origin -= load_positions(table, t, centre_row, True, T, num_rows)
             near = tl.sum(distance[:, None] * dangle, axis=0).to(tl.float64)
             partials = near + origin * tl.sum(dangle, axis=0).to(tl.float64)
             offs_r = tl.arange(0, BLOCK_R)
             tl.store(partials_ptr + offs_r, partials, mask=offs_r < R)
-        cos, sin = load_rotation(table, b, rows, mask, T, num_rows, R, TILE, BLOCK_R)
+        cos, sin = load_rotation(table, b, rows, has_angle, T, num_rows, R, TILE, BLOCK_R)
         dx0, dx1 = rotate(dy[0], dy[1], cos, -sin)
         if TAIL > 0:
             store_parts(dx_ptrs, (dx0, dx1, dy[2]), mask, R, TAIL)

@@ -51,6 +51,7 @@ from clex_kernels.kernels.sequences import (
     load_scale,
     load_sequence,
     row_pointers,
+    sees_something,
     shift_of,
 )
 
@@ -77,11 +78,14 @@ def attention_fwd_keys_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """The pass over k; slots past the valid ones are neither read nor written."""
+    """The pass over k; blocks without valid slots, and slots past these, are neither read nor written."""
     b, first = find_tile(tl.program_id(0), tokens.cu_seqlens_k, S, batch, BLOCK_L)
-    at, _, _, k_row, _, end, _, k_first = load_sequence(tokens, q_offset, k_offset, b, L, S)
+    at, _, _, k_row, start, end, _, k_first = load_sequence(tokens, q_offset, k_offset, b, L, S)
+    if first + BLOCK_L <= start:
+        return
     slots = first + tl.arange(0, BLOCK_L)
-    cos, sin = load_rotation(table, b, k_first + slots, slots < end, T, num_rows, R, TILE, BLOCK_R)
+    mask = (slots >= start) & (slots < end)
+    cos, sin = load_rotation(table, b, k_first + slots, mask, T, num_rows, R, TILE, BLOCK_R)
     rotate_heads(
         *(k.ptr + k_row * k.strides[1], k_rotated_ptr + k_row * k_rotated_strides[1], k.strides, k_rotated_strides),
         *(at, slots, end, G, cos[None, :, :], sin[None, :, :], R, TAIL, BLOCK_H),
@@ -178,12 +182,10 @@ def attention_fwd_kernel(
     mask_l = offs_l < queries
     rows_l = q_row + offs_l
     query = load_parts(row_pointers(q, at, rows_l, h), mask_l, R, TAIL, BLOCK_R, BLOCK_T)
+    shift = shift_of(q_first, k_first)
     if ROTATE_Q:
-        rows = q_first + offs_l
-        if IS_CAUSAL:
-            # queries before the first key see nothing, and need no row of the table.
-            rows = tl.maximum(rows, k_first + start)
-        cos, sin = load_rotation(table, b, rows, mask_l, T, num_rows, R, TILE, BLOCK_R)
+        sees = sees_something(offs_l, queries, start, end, shift, window, IS_CAUSAL)
+        cos, sin = load_rotation(table, b, q_first + offs_l, sees, T, num_rows, R, TILE, BLOCK_R)
         query = cast_parts(rotate_parts(query, cos, sin), q.ptr.dtype.element_ty)
         if q_rotated is not None:
             store_parts(row_pointers(q_rotated, at, rows_l, h), query, mask_l, R, TAIL)
@@ -193,7 +195,6 @@ def attention_fwd_kernel(
     KEY_BLOCK_T: tl.constexpr = BLOCK_D if JOIN_HALVES else BLOCK_T
     if JOIN_HALVES:
         query = join_halves(query)
-    shift = shift_of(q_first, k_first)
     low, whole_start, whole_end, high = key_blocks(
         first, queries, start, end, shift, window, IS_CAUSAL, BLOCK_L, BLOCK_S
     )
@@ -293,9 +294,9 @@ def launch_attention_fwd(
     """
     T, C, _, R = tables.coarse.shape
     tile = tables.fine.shape[1]
-    config = forward_config(q, R if rotate_q else 0, rule.softcap)
-    grid = (tile_count(tokens.cu_seqlens_q, q.shape[0], q.shape[1], config["BLOCK_L"]), q.shape[2])
     with torch.cuda.device_of(q):
+        config = forward_config(q, R if rotate_q else 0, rule.softcap)
+        grid = (tile_count(tokens.cu_seqlens_q, q.shape[0], q.shape[1], config["BLOCK_L"]), q.shape[2])
         attention_fwd_kernel[grid](
             *(Operand.of(q), Operand.of(k), Operand.of(v), TableOperand.of(tables), Operand.of(q_rotated)),
             *(Operand.of(out), lse, *token_arguments(tokens), q.shape[1], k.shape[1]),

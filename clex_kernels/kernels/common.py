@@ -22,7 +22,7 @@ def rotate(x0, x1, cos, sin):
 def load_table_index(index_ptr, index_strides, b, T):
     """Which of the T tables sequence b reads: index[b], or without an index the only table, or table b."""
     if index_ptr is None:
-        return tl.minimum(b, T - 1)
+        return tl.minimum(b, T - 1).to(tl.int64)
     else:
         return tl.load(index_ptr + b * index_strides[0]).to(tl.int64)
 

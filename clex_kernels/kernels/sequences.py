@@ -16,9 +16,15 @@ FAR = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def first_tile_of(cu_seqlens, b, BLOCK: tl.constexpr):
+def load_bound(cu_seqlens, b, length):
+    """Where packed sequence b begins, within [0, length]."""
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), length).to(tl.int32)
+
+
+@triton.jit
+def first_tile_of(cu_seqlens, b, length, BLOCK: tl.constexpr):
     """First of the tiles of sequence b: there are enough for any bounds if b is added to the whole blocks before it."""
-    return tl.load(cu_seqlens + b).to(tl.int32) // BLOCK + b
+    return load_bound(cu_seqlens, b, length) // BLOCK + b
 
 
 @triton.jit
@@ -32,18 +38,19 @@ def find_tile(tile, cu_seqlens, length, batch, BLOCK: tl.constexpr):
         high = low + batch
         while high - low > 1:
             middle = (low + high) // 2
-            is_before = first_tile_of(cu_seqlens, middle, BLOCK) <= tile
+            is_before = first_tile_of(cu_seqlens, middle, length, BLOCK) <= tile
             low = tl.where(is_before, middle, low)
             high = tl.where(is_before, high, middle)
-        return low, (tile - first_tile_of(cu_seqlens, low, BLOCK)) * BLOCK
+        first = (tile - first_tile_of(cu_seqlens, low, length, BLOCK)) * BLOCK
+        # tokens before the first bound belong to no sequence: past the end of this one.
+        return low, tl.where(first < 0, length, first)
 
 
 @triton.jit
 def load_bounds(cu_seqlens, b, length):
     """First row and number of rows of packed sequence b."""
-    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + b).to(tl.int32), 0), length)
-    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1).to(tl.int32), begin), length)
-    return begin.to(tl.int64), end - begin
+    begin, end = load_bound(cu_seqlens, b, length), load_bound(cu_seqlens, b + 1, length)
+    return begin.to(tl.int64), tl.maximum(end - begin, 0)
 
 
 @triton.jit
@@ -90,6 +97,17 @@ def is_visible(offs_l, slots, start, end, shift, window, IS_CAUSAL: tl.constexpr
     if window is not None:
         seen = seen & (slots > offs_l + shift - window)
     return seen
+
+
+@triton.jit
+def sees_something(offs_l, queries, start, end, shift, window, IS_CAUSAL: tl.constexpr):
+    """Which query rows see a key. The others need no angle, and perhaps no table has their row."""
+    some = (offs_l < queries) & (start < end)
+    if IS_CAUSAL:
+        some = some & (offs_l + shift >= start)
+    if window is not None:
+        some = some & (offs_l + shift - window < end - 1)
+    return some
 
 
 @triton.jit
@@ -190,10 +208,11 @@ def cap(products, scale, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def load_rotation(table, b, rows, mask, T, num_rows, R: tl.constexpr, TILE: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Cosines and sines of the table rows of tokens of sequence b; NaN where a row is not in its table or masked."""
+    """Cosines and sines of the table rows of tokens of sequence b: 0 where not mask, NaN where no table has the row."""
     t = load_table_index(table.index, table.index_strides, b, T)
     in_table = mask & (rows >= 0) & (rows < num_rows) & (t >= 0) & (t < T)
-    return load_cos_sin(table.coarse, table.fine, table.strides, t, rows, in_table, R, TILE, BLOCK_R)
+    cos, sin = load_cos_sin(table.coarse, table.fine, table.strides, t, rows, in_table, R, TILE, BLOCK_R)
+    return tl.where(mask[:, None], cos, 0.0), tl.where(mask[:, None], sin, 0.0)
 
 
 @triton.jit
