@@ -49,7 +49,7 @@ def load_cos_sin(
     TILE: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Cosines and sines [BLOCK_L, BLOCK_R] of table t at `rows`; NaN where in_table is false, 0 past R.
+    """Cosines and sines [BLOCK_L, BLOCK_R] of table t, one there is, at `rows`; NaN where in_table is false, 0 past R.
 
     table_strides are those of coarse over T and C, then of fine over T and TILE.
     """
@@ -63,8 +63,10 @@ def load_cos_sin(
     sin = tl.load(coarse_ptrs + R, mask=mask, other=float("nan"))
     if TILE > 1:
         fine_ptrs = fine_ptr + t * table_strides[2] + fine_rows[:, None] * table_strides[3] + offs_r
-        fine_cos = tl.load(fine_ptrs, mask=mask, other=0.0)
-        fine_sin = tl.load(fine_ptrs + R, mask=mask, other=0.0)
+        # every remainder has its row.
+        fine_mask = offs_r < R if R < BLOCK_R else None
+        fine_cos = tl.load(fine_ptrs, mask=fine_mask)
+        fine_sin = tl.load(fine_ptrs + R, mask=fine_mask)
         cos, sin = rotate(cos, sin, fine_cos, fine_sin)
     if R < BLOCK_R:
         # in a product over pairs the padding must not count.

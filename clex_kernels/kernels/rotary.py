@@ -150,7 +150,8 @@ def rotary_kernel(
     t = load_table_index(index_ptr, index_strides, b, T)
     rows = load_rows(position_ids_ptr, position_ids_strides, b, offs_l, mask_l, offset)
     in_table = mask_l & (rows >= 0) & (rows < num_rows) & (t >= 0) & (t < T)
-    cos, sin = load_cos_sin(coarse_ptr, fine_ptr, table_strides, t, rows, in_table, R, TILE, BLOCK_R)
+    some_t = tl.minimum(tl.maximum(t, 0), T - 1)
+    cos, sin = load_cos_sin(coarse_ptr, fine_ptr, table_strides, some_t, rows, in_table, R, TILE, BLOCK_R)
     if CONJUGATE:
         sin = -sin
     cos = cos[None, :, :]
@@ -205,7 +206,8 @@ def rotary_bwd_kernel(
     t = load_table_index(index_ptr, index_strides, b, T)
     rows = load_rows(position_ids_ptr, position_ids_strides, b, offs_l, mask_l, offset)
     in_table = mask_l & (rows >= 0) & (rows < num_rows) & (t >= 0) & (t < T)
-    cos, sin = load_cos_sin(coarse_ptr, fine_ptr, table_strides, t, rows, in_table, R, TILE, BLOCK_R)
+    some_t = tl.minimum(tl.maximum(t, 0), T - 1)
+    cos, sin = load_cos_sin(coarse_ptr, fine_ptr, table_strides, some_t, rows, in_table, R, TILE, BLOCK_R)
     cos = cos[None, :, :]
     sin = sin[None, :, :]
     dangle = tl.zeros([BLOCK_H, BLOCK_L, BLOCK_R], dtype=cos.dtype)

@@ -208,11 +208,15 @@ def cap(products, scale, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def load_rotation(table, b, rows, mask, T, num_rows, R: tl.constexpr, TILE: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Cosines and sines of the table rows of tokens of sequence b: 0 where not mask, NaN where no table has the row."""
+    """Cosines and sines of the table rows of tokens of sequence b: NaN where no table has the row.
+
+    Where not mask they are row 0's: whatever they turn is not looked at, but must be finite.
+    """
     t = load_table_index(table.index, table.index_strides, b, T)
-    in_table = mask & (rows >= 0) & (rows < num_rows) & (t >= 0) & (t < T)
-    cos, sin = load_cos_sin(table.coarse, table.fine, table.strides, t, rows, in_table, R, TILE, BLOCK_R)
-    return tl.where(mask[:, None], cos, 0.0), tl.where(mask[:, None], sin, 0.0)
+    rows = tl.where(mask, rows, 0)
+    in_table = (rows >= 0) & (rows < num_rows) & (t >= 0) & (t < T)
+    t = tl.minimum(tl.maximum(t, 0), T - 1)
+    return load_cos_sin(table.coarse, table.fine, table.strides, t, rows, in_table, R, TILE, BLOCK_R)
 
 
 @triton.jit
