@@ -61,13 +61,11 @@ class _Rotation(NamedTuple):
         coarse, fine, _, index = tables
         positions = self.positions_of(span, tables)
         for which, position in self.turns(span):
-            dy, y, pad = gradients[which], rotated[which], [None] * (len(rotated[which]) == 1)
-            if self.dfreq is None:
-                torch.ops.clex.rotary_(*dy, *pad, coarse, fine, index, None, position, True)
-                continue
-            *dx, dfreq = torch.ops.clex.rotary_bwd(*dy, *pad, *y, *pad, coarse, fine, positions, index, None, position)
-            gradients[which] = dx[: len(y)]
-            self.dfreq[span.table] += dfreq
+            dy, pad = gradients[which], [None] * (len(gradients[which]) == 1)
+            y = [None] * len(dy) if self.dfreq is None else rotated[which]
+            dfreq = torch.ops.clex.rotary_bwd_(*dy, *pad, *y, *pad, coarse, fine, positions, index, None, position)
+            if self.dfreq is not None:
+                self.dfreq[span.table] += dfreq
 
 
 def _heads_first(x: Tensor) -> Tensor:

@@ -350,6 +350,9 @@ class ClexAttention(nn.Module):
             raise ValueError("return_lse: expected no such option, since a layer returns its output only")
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim))
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=-2)
+        if v.requires_grad:
+            # attention saves v: a view of it would keep the raw q and k alive until the backward pass.
+            v = v.clone(memory_format=torch.contiguous_format)
         return self.o_proj(attention(q, k, v, table, is_causal=is_causal, **options).flatten(-2))
 
     def extra_repr(self) -> str:

@@ -49,6 +49,10 @@ library.define(
     "rotary_bwd(Tensor dq_out, Tensor? dk_out, Tensor? q_out, Tensor? k_out, Tensor coarse, Tensor fine, "
     "Tensor? positions, Tensor? index, Tensor? position_ids, SymInt offset) -> (Tensor, Tensor, Tensor)"
 )
+library.define(
+    "rotary_bwd_(Tensor(a!) dq, Tensor(b!)? dk, Tensor? q_out, Tensor? k_out, Tensor coarse, Tensor fine, "
+    "Tensor? positions, Tensor? index, Tensor? position_ids, SymInt offset) -> Tensor"
+)
 
 
 def _fresh_like(x: Tensor) -> Tensor:
@@ -68,8 +72,15 @@ def _rotary_fake(q: Tensor, k: Tensor | None, *tables: Any) -> tuple[Tensor, Ten
 def _rotary_bwd_fake(
     dq_out: Tensor, dk_out: Tensor | None, q_out: Tensor | None, k_out: Tensor | None, coarse: Tensor, *tables: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dfreq = _rotary_bwd_in_place_fake(dq_out, dk_out, q_out, k_out, coarse, *tables)
+    return *_empty_outputs(dq_out, dk_out), dfreq
+
+
+def _rotary_bwd_in_place_fake(
+    dq: Tensor, dk: Tensor | None, q_out: Tensor | None, k_out: Tensor | None, coarse: Tensor, *tables: Any
+) -> Tensor:
     size = (0,) if q_out is None else (coarse.shape[0], coarse.shape[3])
-    return *_empty_outputs(dq_out, dk_out), dq_out.new_empty(size, dtype=torch.float64)
+    return dq.new_empty(size, dtype=torch.float64)
 
 
 def _writing_fake(*arguments: Any) -> None:
@@ -80,6 +91,7 @@ torch.library.register_fake("clex::rotary", _rotary_fake, lib=library)
 torch.library.register_fake("clex::rotary_", _writing_fake, lib=library)
 torch.library.register_fake("clex::rotary_out", _writing_fake, lib=library)
 torch.library.register_fake("clex::rotary_bwd", _rotary_bwd_fake, lib=library)
+torch.library.register_fake("clex::rotary_bwd_", _rotary_bwd_in_place_fake, lib=library)
 
 
 def _rotary_out_cuda(
@@ -122,9 +134,11 @@ def sum_per_table(per_sequence: Tensor, index: Tensor | None, tables: int) -> Te
     return torch.where(chosen, per_sequence, 0.0).sum(dim=1)
 
 
-def _rotary_bwd_cuda(
+def _rotary_bwd_cuda_into(
     dq_out: Tensor,
     dk_out: Tensor | None,
+    dq: Tensor,
+    dk: Tensor | None,
     q_out: Tensor | None,
     k_out: Tensor | None,
     coarse: Tensor,
@@ -133,26 +147,34 @@ def _rotary_bwd_cuda(
     index: Tensor | None,
     position_ids: Tensor | None,
     offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     from clex_kernels.kernels.rotary import launch_rotary_bwd
 
-    dq, dk = _empty_outputs(dq_out, dk_out)
-    kept_dk = None if dk_out is None else dk
     if q_out is None:
-        _rotary_out_cuda(dq_out, dk_out, coarse, fine, index, position_ids, offset, True, dq, kept_dk)
-        return dq, dk, dq_out.new_empty(0, dtype=torch.float64)
+        _rotary_out_cuda(dq_out, dk_out, coarse, fine, index, position_ids, offset, True, dq, dk)
+        return dq_out.new_empty(0, dtype=torch.float64)
     if positions is not None:
         positions = positions.contiguous()
     per_sequence = launch_rotary_bwd(
-        dq_out, dk_out, q_out, k_out, dq, kept_dk, coarse, fine, positions, index, position_ids, offset
+        dq_out, dk_out, q_out, k_out, dq, dk, coarse, fine, positions, index, position_ids, offset
     )
-    return dq, dk, sum_per_table(per_sequence, index, coarse.shape[0])
+    return sum_per_table(per_sequence, index, coarse.shape[0])
+
+
+def _rotary_bwd_cuda(dq_out: Tensor, dk_out: Tensor | None, *saved: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk = _empty_outputs(dq_out, dk_out)
+    return dq, dk, _rotary_bwd_cuda_into(dq_out, dk_out, dq, None if dk_out is None else dk, *saved)
+
+
+def _rotary_bwd_in_place_cuda(dq: Tensor, dk: Tensor | None, *saved: Any) -> Tensor:
+    return _rotary_bwd_cuda_into(dq, dk, dq, dk, *saved)
 
 
 library.impl("rotary", _rotary_cuda, "CUDA")
 library.impl("rotary_", _rotary_in_place_cuda, "CUDA")
 library.impl("rotary_out", _rotary_out_cuda, "CUDA")
 library.impl("rotary_bwd", _rotary_bwd_cuda, "CUDA")
+library.impl("rotary_bwd_", _rotary_bwd_in_place_cuda, "CUDA")
 
 
 def _gradients(

@@ -117,21 +117,19 @@ std::tuple<Tensor, Tensor> rotary_cpu(const Tensor& q, const std::optional<Tenso
   return {q_out, k_out};
 }
 
-std::tuple<Tensor, Tensor, Tensor> rotary_bwd_cpu(const Tensor& dq_out, const std::optional<Tensor>& dk_out,
-                                                  const std::optional<Tensor>& q_out,
-                                                  const std::optional<Tensor>& k_out, const Tensor& coarse,
-                                                  const Tensor& fine, const std::optional<Tensor>& positions,
-                                                  const std::optional<Tensor>& index,
-                                                  const std::optional<Tensor>& position_ids, int64_t offset) {
-  Tensor dq = fresh_like(dq_out);
-  Tensor dk = dk_out ? fresh_like(*dk_out) : torch::stable::new_empty(dq_out, {0});
+// Writes dq and dk, which may be dq_out and dk_out; returns dfreq.
+Tensor rotary_bwd_into(const Tensor& dq_out, const std::optional<Tensor>& dk_out, const Tensor& dq,
+                       const std::optional<Tensor>& dk, const std::optional<Tensor>& q_out,
+                       const std::optional<Tensor>& k_out, const Tensor& coarse, const Tensor& fine,
+                       const std::optional<Tensor>& positions, const std::optional<Tensor>& index,
+                       const std::optional<Tensor>& position_ids, int64_t offset) {
   clex::RotaryCall call = rotary_call(dq_out, coarse, fine, positions, index, position_ids, offset);
   call.conjugate = true;
   call.tensors[0] = rotary_tensor(dq_out, dq);
-  if (dk_out) call.tensors[1] = rotary_tensor(*dk_out, dk);
+  if (dk_out) call.tensors[1] = rotary_tensor(*dk_out, *dk);
   if (!q_out) {
     rotate_tokens(call);
-    return {dq, dk, torch::stable::new_empty(dq_out, {0}, ScalarType::Double)};
+    return torch::stable::new_empty(dq_out, {0}, ScalarType::Double);
   }
   const std::optional<Tensor>* saved[] = {&q_out, &k_out};
   for (int i = 0; i < 2; ++i) {
@@ -146,7 +144,27 @@ std::tuple<Tensor, Tensor, Tensor> rotary_bwd_cpu(const Tensor& dq_out, const st
   });
   Tensor dfreq = torch::stable::new_zeros(dq_out, {call.tables, call.pairs}, ScalarType::Double);
   clex::rotary_bwd_reduce(call, partials.data(), dfreq.mutable_data_ptr<double>());
+  return dfreq;
+}
+
+std::tuple<Tensor, Tensor, Tensor> rotary_bwd_cpu(const Tensor& dq_out, const std::optional<Tensor>& dk_out,
+                                                  const std::optional<Tensor>& q_out,
+                                                  const std::optional<Tensor>& k_out, const Tensor& coarse,
+                                                  const Tensor& fine, const std::optional<Tensor>& positions,
+                                                  const std::optional<Tensor>& index,
+                                                  const std::optional<Tensor>& position_ids, int64_t offset) {
+  Tensor dq = fresh_like(dq_out);
+  Tensor dk = dk_out ? fresh_like(*dk_out) : torch::stable::new_empty(dq_out, {0});
+  Tensor dfreq = rotary_bwd_into(dq_out, dk_out, dq, dk, q_out, k_out, coarse, fine, positions, index, position_ids,
+                                 offset);
   return {dq, dk, dfreq};
+}
+
+Tensor rotary_bwd_in_place_cpu(const Tensor& dq, const std::optional<Tensor>& dk, const std::optional<Tensor>& q_out,
+                               const std::optional<Tensor>& k_out, const Tensor& coarse, const Tensor& fine,
+                               const std::optional<Tensor>& positions, const std::optional<Tensor>& index,
+                               const std::optional<Tensor>& position_ids, int64_t offset) {
+  return rotary_bwd_into(dq, dk, dq, dk, q_out, k_out, coarse, fine, positions, index, position_ids, offset);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clex, CPU, m) {
@@ -154,6 +172,7 @@ STABLE_TORCH_LIBRARY_IMPL(clex, CPU, m) {
   m.impl("rotary_", TORCH_BOX(&rotary_in_place_cpu));
   m.impl("rotary_out", TORCH_BOX(&rotary_out_cpu));
   m.impl("rotary_bwd", TORCH_BOX(&rotary_bwd_cpu));
+  m.impl("rotary_bwd_", TORCH_BOX(&rotary_bwd_in_place_cpu));
 }
 
 }  // namespace

@@ -140,7 +140,13 @@ def test_q_k_and_v_are_views_of_one_projection(monkeypatch):
         return q
 
     monkeypatch.setattr(modules, "attention", spy)
-    make_layer(kv_heads=2)(inputs(3, 5, torch.float32), make_rope()(5), window=4)
+    layer, x, table = make_layer(kv_heads=2), inputs(3, 5, torch.float32), make_rope()(5)
+    layer(x, table)
+    # what is saved for the backward pass must not keep the rest of the projection.
+    assert seen["v"].untyped_storage().nbytes() == 3 * 5 * 2 * 16 * 4
+    assert seen["q"].untyped_storage().data_ptr() == seen["k"].untyped_storage().data_ptr()
+    with torch.no_grad():
+        layer(x, table, window=4)
     assert seen.pop("options") == {"is_causal": True, "window": 4}
     assert {name: tuple(x.shape) for name, x in seen.items()} == {
         "q": (3, 5, 4, 16),

@@ -61,6 +61,15 @@ def test_given_memory_is_filled_completely(dtype: torch.dtype) -> None:
     assert torch.equal(k_out, expected[1])
 
 
+def test_the_backward_in_place_gives_the_same_bits() -> None:
+    arguments = opcheck_arguments()["rotary_bwd"]
+    *expected, dfreq = torch.ops.clex.rotary_bwd(*arguments)
+    gradients = [x.clone() for x in arguments[:2]]
+    assert torch.equal(torch.ops.clex.rotary_bwd_(*gradients, *arguments[2:]), dfreq)
+    for x, y in zip(gradients, expected, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_the_operator_undoes_itself_by_the_conjugate() -> None:
     q, k = inputs(torch.float64)
     table = make_table(dtype=torch.float64)
@@ -224,16 +233,19 @@ def opcheck_arguments() -> dict[str, tuple[Any, ...]]:
         "rotary_": (q, k, *tables, *where, True),
         "rotary_out": (q, k, *tables, *where, False, torch.empty_like(q), torch.empty_like(k)),
         "rotary_bwd": (q, k, q, k, *tables, positions, *where),
+        "rotary_bwd_": (q.clone(), k.clone(), q, k, *tables, positions, *where),
     }
 
 
-@pytest.mark.parametrize("name", ["rotary", "rotary_", "rotary_out", "rotary_bwd"])
+@pytest.mark.parametrize("name", ["rotary", "rotary_", "rotary_out", "rotary_bwd", "rotary_bwd_"])
 def test_opcheck(name: str) -> None:
     operator = getattr(torch.ops.clex, name).default
     arguments = opcheck_arguments()[name]
     torch.library.opcheck(operator, arguments)
     # without k, and for the backward without dfreq.
-    absent = {"rotary": [1], "rotary_": [1], "rotary_out": [1, 9], "rotary_bwd": [1, 2, 3]}[name]
+    absent = {"rotary": [1], "rotary_": [1], "rotary_out": [1, 9], "rotary_bwd": [1, 2, 3], "rotary_bwd_": [1, 2, 3]}[
+        name
+    ]
     torch.library.opcheck(operator, tuple(None if i in absent else x for i, x in enumerate(arguments)))
 
 
