@@ -1,10 +1,14 @@
 """An attention layer, forward and backward, by length: with CLEX, with frozen frequencies, and as transformers has it.
 
+The layer is one of many: its table comes from outside, since t and positions are drawn and the ODE is solved once a
+step for all layers (bench_training.py has that). CLEX is then sampled positions and gradients to the frequencies.
+
 Outputs are checked at ROWS query rows of every input set; the gradient put in is zero in the others, so that all
 gradients, also those to the weights, are checked in full. Peak memory is taken in the untimed first call of a way.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -29,15 +33,15 @@ from clex_kernels import ClexAttention, ClexConfig, ClexRotaryEmbedding, RotaryT
 SETS = 2
 ROWS = 32
 ROUNDS = {1 << 10: 11, 2 << 10: 9, 4 << 10: 5, 8 << 10: 3, 16 << 10: 1}
-# of a bf16 gradient to the ODE: what rounding dq and dk costs, times positions up to 16 L. In fp32 it is below 1e-6.
+# of a bf16 gradient to the frequencies: what rounding dq and dk costs, times positions up to 16 L.
 WRONG = 0.2
 # fewer decide nothing: such a length is reported without goals.
 ROUNDS_OF_A_GOAL = 3
 DTYPE = torch.bfloat16
-CLEX = "ClexAttention with CLEX: sampled t and positions, gradients to the ODE"
+CLEX = "ClexAttention with CLEX: sampled t and positions, gradients to the frequencies"
 FROZEN = "ClexAttention, frozen frequencies: plain RoPE, one fixed table"
 EAGER = "transformers-style: eager rotate-half + SDPA, plain RoPE"
-RESULTS = ("out", "dx", "dqkv", "do_proj", "dup", "ddown")
+RESULTS = ("out", "dx", "dqkv", "do_proj", "dfreq")
 
 
 class EagerLayer(nn.Module):
@@ -100,6 +104,8 @@ class Case:
         with torch.no_grad():
             self.x.copy_(x)
         self.dout.copy_(dout)
+        table = self.sample(self.seed)
+        self.table = replace(table, freq=table.freq.detach().requires_grad_())
 
     def sample(self, seed: int) -> RotaryTable:
         return self.rope.sample(self.length, generator=torch.Generator().manual_seed(seed))
@@ -107,11 +113,10 @@ class Case:
     def truth(self, seed: int, learns: bool) -> dict[str, Tensor]:
         if (seed, learns) in self.truths:
             return self.truths[seed, learns]
-        freq, positions, ode = self.plain, self.positions, (self.weights.up, self.weights.down)
+        freq, positions = self.plain, self.positions
         if learns:
             table = self.sample(seed)
-            positions, time = table.positions.cpu(), torch.tensor([float(table.t)], dtype=torch.float64)
-            freq = exact.solve_exactly(*ode, time, self.config)[0]
+            freq, positions = table.freq.cpu(), table.positions.cpu()
         x, dout, rows = self.inputs[seed]
         linears = (self.layer.qkv_proj, self.layer.o_proj)
         leaves = [
@@ -122,9 +127,7 @@ class Case:
         heads = (x @ qkv.T).unflatten(-1, (-1, LAYER_HEAD_DIM))
         q, k, v = heads.split((LAYER_HEADS, LAYER_KV_HEADS, LAYER_KV_HEADS), dim=-2)
         out = exact.attention(q, k, v, freq, positions, rows).flatten(-2) @ o_proj.T
-        *gradients, dfreq = torch.autograd.grad(out, leaves, dout[:, rows].double())
-        if learns:
-            gradients += exact.weight_gradients(*ode, time, dfreq[None], self.config)
+        gradients = torch.autograd.grad(out, leaves, dout[:, rows].double())
         self.truths[seed, learns] = dict(zip(RESULTS, (out.detach(), *gradients), strict=False))
         return self.truths[seed, learns]
 
@@ -133,10 +136,13 @@ class Case:
         found = dict(zip(RESULTS, (out[:, self.inputs[turn % SETS][2].to(self.device)], dx, *weights), strict=False))
         return errors_over_largest(found, self.truth(turn % SETS, learns))
 
-    def way(self, name: str, forward: Callable[[], Tensor], weights: Sequence[Tensor], learns: bool = False) -> Way:
+    def way(self, name: str, forward: Callable[[], Tensor], weights: Callable[[], Sequence[Tensor]]) -> Way:
+        """`weights` are what gradients are asked for besides x, at the moment of the call."""
+        learns = name == CLEX
+
         def run() -> tuple[Tensor, ...]:
             out = forward()
-            results = (out, *torch.autograd.grad(out, (self.x, *weights), self.dout))
+            results = (out, *torch.autograd.grad(out, (self.x, *weights()), self.dout))
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             return results
@@ -144,17 +150,19 @@ class Case:
         return Way(name, run, self.load, partial(self.errors, learns))
 
     def clex(self) -> Way:
-        weights = (*self.layer.parameters(), *self.rope.parameters())
-        return self.way(CLEX, lambda: self.layer(self.x, self.sample(self.seed)), weights, learns=True)
+        parameters = tuple(self.layer.parameters())
+        return self.way(CLEX, lambda: self.layer(self.x, self.table), lambda: (*parameters, self.table.freq))
 
     def frozen(self) -> Way:
         table = RotaryTable.from_frequencies(self.plain.to(self.device), length=self.length)
-        return self.way(FROZEN, lambda: self.layer(self.x, table), tuple(self.layer.parameters()))
+        parameters = tuple(self.layer.parameters())
+        return self.way(FROZEN, lambda: self.layer(self.x, table), lambda: parameters)
 
     def transformers_style(self) -> Way:
         # as a model's own rotary embedding makes them, once for all layers.
         cos, sin = (table.to(self.device, DTYPE) for table in reference.tables(self.plain, self.positions))
-        way = self.way(EAGER, lambda: self.eager(self.x, cos, sin), tuple(self.eager.parameters()))
+        parameters = tuple(self.eager.parameters())
+        way = self.way(EAGER, lambda: self.eager(self.x, cos, sin), lambda: parameters)
 
         def errors(turn: int, results: tuple[Tensor, ...]) -> dict[str, float]:
             out, dx, *projections, do_proj = results

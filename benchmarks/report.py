@@ -36,10 +36,11 @@ SECTIONS = {
 }
 LAYER_DEVICES = ("cpu", "cuda")
 LAYER_TEXT = """\
-Projections, attention and output projection, forward and backward, bf16. CLEX draws t and positions in every step and
-has gradients to its ODE; frozen is the same layer with one fixed table of plain RoPE; transformers-style is three
-linear layers, eager rotate-half and scaled_dot_product_attention with plain RoPE. At great lengths all three spend
-their time in PyTorch's attention, and on the CPU it is the same one."""
+Projections, attention and output projection, forward and backward, bf16. CLEX has sampled positions and gradients to
+the frequencies (drawing them and solving the ODE, once a step for all layers, is in the training step below); frozen is
+the same layer with one fixed table of plain RoPE; transformers-style is three linear layers, eager rotate-half and
+scaled_dot_product_attention with plain RoPE. At great lengths all three spend their time in PyTorch's attention, and on
+the CPU it is the same one."""
 RULES = """\
 Every figure is labelled: *measured* on the machine above in this run, *counted*, or *modelled*. All ways of a case run
 in one process and alternate round by round; times are medians over rounds, and ratios are of medians. Before each timed
