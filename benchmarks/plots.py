@@ -97,7 +97,7 @@ def plot_layer(costs: Mapping[int, LayerCost], goals: Sequence[float], path: Pat
         axes.set(xlabel="length (tokens)", ylabel="ratio", xscale="log", title=f"{title}, forward and backward")
         axes.set_xticks(list(costs), [f"{length >> 10}K" for length in costs])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0.0)
+        axes.set_ylim(0.0, 1.3 * max(1.0, axes.dataLim.y1))
     for color, goal in zip((OURS, THEIRS), goals, strict=False):
         panels[0].axhline(goal, color=color, linewidth=1, linestyle=":", label=f"goal: {goal}")
     panels[0].legend(frameon=False, fontsize=8)
