@@ -164,6 +164,19 @@ def test_far_positions_leave_dfreq_exact(way: str, device: str) -> None:
     assert (dfreq - truth).abs().max() <= 3e-6 * truth.abs().max()
 
 
+@pytest.mark.parametrize("name", ["causal square", "only q", "only k"])
+def test_dfreq_is_as_exact_far_out_as_at_the_start(name: str, device: str) -> None:
+    case = CASES[name]
+    inputs = rounded(make_inputs(case), torch.float32)
+    errors = []
+    for offset in (0.0, 1e5):
+        positions = torch.arange(case.keys, dtype=torch.float64)[None] + offset
+        truth = expected(case, inputs, torch.float64, positions)[5]
+        dfreq = run(case, inputs, torch.float32, device, positions=positions)[5]
+        errors.append((dfreq - truth).abs().max() / truth.abs().max())
+    assert errors[1] <= 2 * errors[0] + 1e-6
+
+
 @pytest.mark.parametrize("bounds", [[1000, 1100], [-300, 40], [150, 50], [0, 2**31 - 1]], ids=str)
 def test_bounds_that_lie_write_nothing_outside(bounds: list[int], device: str) -> None:
     case = Case(queries=200, keys=200, h=2, g=1, tokens={"cu_seqlens_q": bounds, "cu_seqlens_k": bounds})
