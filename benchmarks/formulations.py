@@ -32,12 +32,6 @@ def split_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x0 * cos - x1 * sin, x1 * cos + x0 * sin), dim=-1).to(x.dtype)
 
 
-def flipped_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    pairs = x.unflatten(-1, (2, -1))
-    signed = torch.stack((-sin, sin), dim=-2)[:, None]
-    return (pairs * cos[:, None, None] + pairs.flip(-2) * signed).flatten(-2).to(x.dtype)
-
-
 def complex_product(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x0, x1 = x.float().chunk(2, dim=-1)
     y = torch.complex(x0, x1) * torch.complex(cos, sin)[:, None]
