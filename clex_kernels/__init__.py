@@ -2,8 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from clex_kernels.append import append_kv
 from clex_kernels.attention import attention
 from clex_kernels.config import ClexConfig
+from clex_kernels.decode import decode_attention
 from clex_kernels.frequencies import solve_frequencies
 from clex_kernels.modules import ClexAttention, ClexRotaryEmbedding
 from clex_kernels.rotary import apply_rotary
@@ -20,7 +22,9 @@ __all__ = [
     "ClexRotaryEmbedding",
     "RotaryTable",
     "RotaryTableStack",
+    "append_kv",
     "apply_rotary",
     "attention",
+    "decode_attention",
     "solve_frequencies",
 ]

@@ -131,7 +131,7 @@ def check_tokens(
         if kv_start is not None or kv_end is not None:
             raise ValueError("kv_start, kv_end: expected None with cu_seqlens_k, which bounds the keys")
         for name, bounds, x in (("cu_seqlens_q", cu_seqlens_q, q), ("cu_seqlens_k", cu_seqlens_k, k)):
-            if _can_look(bounds, debug):
+            if can_look(bounds, debug):
                 _check_bounds(name, bounds.tolist(), x.shape[1])
         if len(cu_seqlens_k) != count + 1:
             raise ValueError(f"cu_seqlens_k: expected shape [{count + 1}] as cu_seqlens_q's, got [{len(cu_seqlens_k)}]")
@@ -147,8 +147,8 @@ def check_tokens(
             if not 0 <= value <= MAX_LENGTH:
                 raise ValueError(f"{name}: expected a position from 0 to {MAX_LENGTH}, got {value}")
         elif value is not None or name == "k_offset":
-            _check_per_sequence(name, value, count, limit, q.device, debug)
-    both = kv_start is not None and kv_end is not None and _can_look(kv_start, debug) and _can_look(kv_end, debug)
+            check_per_sequence(name, value, count, limit, q.device, debug)
+    both = kv_start is not None and kv_end is not None and can_look(kv_start, debug) and can_look(kv_end, debug)
     if both and (kv_start > kv_end).any():
         raise ValueError(f"kv_start: expected at most kv_end = {kv_end.tolist()}, got {kv_start.tolist()}")
     q_offsets, q_offset = (q_offset, None) if isinstance(q_offset, Tensor) else (None, q_offset)
@@ -166,7 +166,7 @@ def check_table(
     rotate_q, rotate_k = ROTATED[rotated]
     length = coarse.shape[1] * fine.shape[1]
     bounds = (tokens.cu_seqlens_q, tokens.cu_seqlens_k, tokens.kv_end, tokens.q_offsets, tokens.k_offsets)
-    if not all(x is None or _can_look(x, debug) for x in bounds) or 0 in (operands.sequences, q.shape[1], k.shape[1]):
+    if not all(x is None or can_look(x, debug) for x in bounds) or 0 in (operands.sequences, q.shape[1], k.shape[1]):
         return freq, Tables(coarse, fine, positions, index)
     queries, ends = q.shape[1], k.shape[1]
     if operands.is_packed:
@@ -201,7 +201,8 @@ def _extreme(choose: Any, value: int | Tensor) -> int:
     return choose(value.tolist()) if isinstance(value, Tensor) else value
 
 
-def _can_look(x: Tensor, debug: bool) -> bool:
+def can_look(x: Tensor, debug: bool) -> bool:
+    """Whether values may be looked at: on the host, or anywhere under `debug`."""
     return on_host(x) or debug
 
 
@@ -220,9 +221,8 @@ def _check_bounds(name: str, bounds: list[int], tokens: int) -> None:
         raise ValueError(f"{name}: expected bounds up to N = {tokens} tokens, got {bounds[-1]} (past the end)")
 
 
-def _check_per_sequence(
-    name: str, value: Any, count: int, limit: int | None, device: torch.device, debug: bool
-) -> None:
+def check_per_sequence(name: str, value: Any, count: int, limit: int | None, device: torch.device, debug: bool) -> None:
+    """A number for each of `count` sequences, from 0 to `limit`; offsets may also be one int, checked elsewhere."""
     if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         kind = "an int or a " if name.endswith("offset") else "a "
@@ -230,7 +230,7 @@ def _check_per_sequence(
     if value.shape != (count,) or value.device != device:
         expected = f"shape [B={count}] on {device}"
         raise ValueError(f"{name}: expected {expected}, got {list(value.shape)} on {value.device}")
-    if _can_look(value, debug) and count:
+    if can_look(value, debug) and count:
         low, high = (int(bound) for bound in value.aminmax())
         if low < 0 or (limit is not None and high > limit):
             within = ">= 0" if limit is None else f"within [0, S] = [0, {limit}]"

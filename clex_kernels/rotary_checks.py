@@ -21,7 +21,7 @@ def check_operand(name: str, x: Tensor, q: Tensor) -> None:
         raise error(f"{name}: expected q's {q.dtype} on {q.device}, got {x.dtype} on {x.device}")
     if x.dtype not in DTYPES or (x.dtype == torch.float64 and x.device.type == "cuda"):
         raise TypeError(f"{name}: expected float32, float16, bfloat16, or float64 on the CPU, got {x.dtype}")
-    heads = "H" if x is q else "G"
+    heads = "H" if name == "q" else "G"
     if x.dim() != 4:
         raise ValueError(f"{name}: expected shape [B, L, {heads}, D], got {list(x.shape)}")
     if x is not q and (x.shape[0], x.shape[1], x.shape[3]) != (q.shape[0], q.shape[1], q.shape[3]):
@@ -46,9 +46,9 @@ def check_kind(table: RotaryTable | RotaryTableStack) -> None:
 
 
 def stacked(
-    q: Tensor, table: RotaryTable | RotaryTableStack, sequences: int, debug: bool
+    q: Tensor, table: RotaryTable | RotaryTableStack, sequences: int, debug: bool, picks_by_length: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """freq, coarse, fine and positions with a leading T, and the index of each sequence."""
+    """freq, coarse, fine and positions with a leading T, and the index of each sequence, unless lengths pick it."""
     check_kind(table)
     rotary_dim = 2 * table.coarse.shape[-1]
     if rotary_dim > q.shape[3]:
@@ -64,7 +64,8 @@ def stacked(
         check_shapes(*tensors)
         return *tensors, None
     check_shapes(table.freq, table.coarse, table.fine, table.positions)
-    check_choice(table, sequences, debug)
+    if not picks_by_length:
+        check_choice(table, sequences, debug)
     return table.freq, table.coarse, table.fine, table.positions, table.index
 
 

@@ -4,28 +4,13 @@
 
 namespace {
 
-clex::Element element_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return clex::Element::fp32;
-    case ScalarType::Half: return clex::Element::fp16;
-    case ScalarType::BFloat16: return clex::Element::bf16;
-    case ScalarType::Double: return clex::Element::fp64;
-    default: STD_TORCH_CHECK(false, "rotary: unsupported dtype");
-  }
-}
-
-void set_strides(const Tensor& x, int64_t (&strides)[3]) {
-  STD_TORCH_CHECK(x.size(3) <= 1 || x.stride(3) == 1 || x.numel() == 0, "rotary: D must have unit stride");
-  for (int i = 0; i < 3; ++i) strides[i] = x.stride(i);
-}
-
 clex::RotaryTensor rotary_tensor(const Tensor& source, const Tensor& target) {
   clex::RotaryTensor tensor;
   tensor.heads = source.size(2);
   tensor.source = source.const_data_ptr();
   tensor.target = target.mutable_data_ptr();
-  set_strides(source, tensor.source_strides);
-  set_strides(target, tensor.target_strides);
+  clex::set_strides(source, tensor.source_strides);
+  clex::set_strides(target, tensor.target_strides);
   return tensor;
 }
 
@@ -33,30 +18,13 @@ clex::RotaryTensor rotary_tensor(const Tensor& source, const Tensor& target) {
 clex::RotaryCall rotary_call(const Tensor& q, const Tensor& coarse, const Tensor& fine,
                              const std::optional<Tensor>& positions, const std::optional<Tensor>& index,
                              const std::optional<Tensor>& position_ids, int64_t offset) {
-  const bool is_double = q.scalar_type() == ScalarType::Double;
-  const ScalarType table_type = is_double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(coarse.scalar_type() == table_type && fine.scalar_type() == table_type,
-                  "rotary: the table must be fp64 for fp64 tensors, else fp32");
   clex::RotaryCall call;
-  call.element = element_of(q);
+  call.element = clex::element_of(q);
   call.batch = q.size(0);
   call.length = q.size(1);
   call.dim = q.size(3);
-  call.pairs = coarse.size(3);
-  call.tables = coarse.size(0);
-  call.tiles = coarse.size(1);
-  call.tile = fine.size(1);
   call.offset = offset;
-  for (const Tensor* table : {&coarse, &fine}) {
-    STD_TORCH_CHECK(table->stride(3) == 1 && table->stride(2) == call.pairs,
-                    "rotary: a table's rows must be dense");
-  }
-  call.coarse = coarse.const_data_ptr();
-  call.fine = fine.const_data_ptr();
-  for (int i = 0; i < 2; ++i) {
-    call.coarse_strides[i] = coarse.stride(i);
-    call.fine_strides[i] = fine.stride(i);
-  }
+  clex::set_tables(coarse, fine, call);
   if (positions) {
     call.positions = positions->const_data_ptr<double>();
     call.positions_strides[0] = positions->size(0) == 1 ? 0 : positions->stride(0);
@@ -135,7 +103,7 @@ Tensor rotary_bwd_into(const Tensor& dq_out, const std::optional<Tensor>& dk_out
   for (int i = 0; i < 2; ++i) {
     if (!*saved[i]) continue;
     call.tensors[i].rotated = (*saved[i])->const_data_ptr();
-    set_strides(**saved[i], call.tensors[i].rotated_strides);
+    clex::set_strides(**saved[i], call.tensors[i].rotated_strides);
   }
   const int64_t chunks = clex::rotary_bwd_chunks(call);
   std::vector<double> partials(chunks * call.pairs);

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from clex_kernels.attention_terms import Rule, Tables, Tokens
-from clex_kernels.kernels import attention_bwd, attention_fwd, rotary
+from clex_kernels.kernels import append, attention_bwd, attention_fwd, rotary
 
 
 @dataclass(frozen=True)
@@ -170,5 +170,23 @@ def attention_cases() -> list[Case]:
     ]
 
 
+def append_cases() -> list[Case]:
+    """A prefill into a contiguous cache, and one token into pages."""
+
+    def elements(constants: dict[str, int]) -> int:
+        return 2 * constants["BLOCK_L"] * constants["BLOCK_G"] * constants["BLOCK_D"]
+
+    def case(name: str, length: int, cache: tuple[int, int], block_table: torch.Tensor | None) -> Case:
+        k, v = (meta(2, length, 8, 128, dtype=torch.bfloat16) for _ in range(2))
+        k_cache, v_cache = (meta(*cache, 8, 128, dtype=torch.bfloat16) for _ in range(2))
+        launch = partial(append.launch_append, k, v, k_cache, v_cache, meta(2, dtype=torch.int64), block_table)
+        return Case(f"append-bfloat16-D128-{name}", "append_kernel", launch, elements, 2, is_streaming=True)
+
+    return [
+        case("long", 4096, (2, 8192), None),
+        case("paged", 1, (512, 256), meta(2, 32, dtype=torch.int32)),
+    ]
+
+
 PASSES = ("fwd", "bwd_dq", "bwd_dkv")
-CASES = {case.name: case for case in [*rotary_cases(), *attention_cases()]}
+CASES = {case.name: case for case in [*rotary_cases(), *attention_cases(), *append_cases()]}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clex_kernels import ClexConfig, ClexRotaryEmbedding, apply_rotary, attention
+from clex_kernels import ClexConfig, ClexRotaryEmbedding, append_kv, apply_rotary, attention, decode_attention
 from clex_kernels.frequencies import solve_frequencies
 from clex_kernels.tables import RotaryTable
 
@@ -110,6 +110,55 @@ def test_attention_runs_in_a_cuda_graph() -> None:
     starts.copy_(torch.tensor([30, 0]))
     graph.replay()
     torch.testing.assert_close(captured, run(), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("page", [None, 16, 64])
+def test_decode_is_the_cpus(page: int | None, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (
+        torch.randn(3, slots, heads, CONFIG.head_dim, generator=generator).to(dtype)
+        for slots, heads in ((2, 4), (512, 2), (512, 2))
+    )
+    ends, starts = torch.tensor([500, 65, 0]), torch.tensor([0, 9, 0])
+    block_table = None
+    if page is not None:
+        k, v = (x.reshape(-1, page, 2, CONFIG.head_dim) for x in (k, v))
+        block_table = torch.arange(len(k)).reshape(3, -1)
+    results = []
+    for device in ("cpu", "cuda"):
+        stack = make_embedding(device).eval().stack()
+        tensors = (None if x is None else x.to(device) for x in (q, k, v, ends, starts, block_table))
+        q_, k_, v_, ends_, starts_, block_table_ = tensors
+        out, lse = decode_attention(
+            q_, k_, v_, stack, ends_, kv_start=starts_, block_table=block_table_, return_lse=True
+        )
+        results.append([x.cpu().double() for x in (out, lse)])
+    eps = torch.finfo(dtype).eps
+    for expected, actual in zip(*results, strict=True):
+        scale = expected[expected.isfinite()].abs().max().item()
+        torch.testing.assert_close(actual, expected, rtol=0.0, atol=8 * eps * scale)
+
+
+def test_a_captured_decode_step_follows_growing_sequences_across_t() -> None:
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, 1, heads, CONFIG.head_dim, generator=generator).cuda() for heads in (4, 2, 2))
+    caches = [torch.randn(2, 512, 2, CONFIG.head_dim, generator=generator).cuda() for _ in range(2)]
+    ends = torch.tensor([64, 200], device="cuda")
+    stack = make_embedding("cuda").eval().stack()
+
+    def step() -> Tensor:
+        append_kv(k, v, *caches, ends)
+        return decode_attention(q, *caches, stack, ends)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for grown in ([65, 201], [129, 256], [130, 257]):
+        ends.copy_(torch.tensor(grown))
+        graph.replay()
+        torch.testing.assert_close(captured, step(), rtol=0.0, atol=0.0)
 
 
 def test_a_training_step_reaches_both_weights_of_the_ode() -> None:

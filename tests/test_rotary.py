@@ -1,6 +1,5 @@
 """Values and gradients of apply_rotary against plain torch in fp64."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from tolerance import assert_within_rule
 from torch import Tensor
 
-from clex_kernels import _C, reference
+from clex_kernels import reference
 from clex_kernels.rotary import apply_rotary
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
@@ -41,17 +40,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 EMPTY = [Shape(0, 5, 2, 2, 8, 4), Shape(2, 0, 2, 2, 8, 4), Shape(2, 5, 0, 2, 8, 4), Shape(2, 5, 2, 0, 8, 4)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    names = ["baseline", "avx2", "avx512"]
-    widest = names.index(_C.isa())
-    if names.index(request.param) > widest:
-        pytest.skip(f"this processor has no {request.param}")
-    _C.set_isa(names.index(request.param))
-    yield request.param
-    _C.set_isa(widest)
 
 
 def frequencies(pairs: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Factored tables against arbitrary precision, on every instruction set, and for transformers' RoPE types."""
 
 import math
-from collections.abc import Iterator
 
 import mpmath
 import numpy as np
@@ -9,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clex_kernels import _C
 from clex_kernels.tables import TILE, RotaryTable, _tables_torch
 
-CPU_LEVELS = {"baseline": 0, "avx2": 1, "avx512": 2}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -43,14 +40,6 @@ def rows_of(coarse: Tensor, fine: Tensor, positions: list[int]) -> Tensor:
 
 def max_error(got: Tensor, expected: Tensor) -> float:
     return (got.double() - expected).abs().max().item()
-
-
-@pytest.fixture(params=[name for name, level in CPU_LEVELS.items() if level <= CPU_LEVELS[_C.isa()]])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    widest = _C.isa()
-    _C.set_isa(CPU_LEVELS[request.param])
-    yield request.param
-    _C.set_isa(CPU_LEVELS[widest])
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-7), (torch.float64, 2e-15)], ids=["fp32", "fp64"])

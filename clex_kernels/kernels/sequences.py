@@ -168,13 +168,20 @@ def query_blocks(
 
 
 @triton.jit
+def load_length(tokens, b, start, end):
+    """Token count of sequence b."""
+    length = end - start
+    if tokens.lengths is not None:
+        length = tl.load(tokens.lengths + b)
+    return length
+
+
+@triton.jit
 def load_scale(tokens, b, start, end, dtype: tl.constexpr, SCALE: tl.constexpr, LOG_BASE, LOG_CLAMPED: tl.constexpr):
     """Scale of the logits of sequence b with its log-n factor; above zero, as -inf times it marks what is masked."""
     scale = tl.full([], SCALE, dtype)
     if LOG_BASE is not None:
-        length = end - start
-        if tokens.lengths is not None:
-            length = tl.load(tokens.lengths + b)
+        length = load_length(tokens, b, start, end)
         factor = tl.log(tl.maximum(length, 1).to(dtype)) / LOG_BASE
         if LOG_CLAMPED:
             factor = tl.maximum(factor, 1.0)
@@ -208,11 +215,17 @@ def cap(products, scale, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def load_rotation(table, b, rows, mask, T, num_rows, R: tl.constexpr, TILE: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Cosines and sines of the table rows of tokens of sequence b: NaN where no table has the row.
+    """Cosines and sines of the table rows of tokens of sequence b, as `load_rotation_of` has them."""
+    t = load_table_index(table.index, table.index_strides, b, T)
+    return load_rotation_of(table, t, rows, mask, T, num_rows, R, TILE, BLOCK_R)
+
+
+@triton.jit
+def load_rotation_of(table, t, rows, mask, T, num_rows, R: tl.constexpr, TILE: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Cosines and sines of rows of table t: NaN where no table has the row.
 
     Where not mask they are row 0's: whatever they turn is not looked at, but must be finite.
     """
-    t = load_table_index(table.index, table.index_strides, b, T)
     rows = tl.where(mask, rows, 0)
     in_table = (rows >= 0) & (rows < num_rows) & (t >= 0) & (t < T)
     t = tl.minimum(tl.maximum(t, 0), T - 1)
