@@ -12,6 +12,7 @@ from clex_kernels import ClexConfig, reference
 
 TOLERANCE = 1e-13
 TOKENS_AT_ONCE = 32
+KEYS_AT_ONCE = 256
 
 
 def solve_exactly(up: Tensor, down: Tensor, times: Tensor, config: ClexConfig) -> Tensor:
@@ -80,3 +81,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, freq: Tensor, positions: Tensor, 
     k = reference.rotary(k.double(), cos, sin)
     mask = torch.arange(k.shape[1], device=k.device) <= rows[:, None]
     return reference.attention(q, k, v.double(), mask[None])[0]
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, freq: Tensor) -> Tensor:
+    """Attention [H, D] in fp64 of the last token over all: q [H, D], k and v [S, G, D], all raw.
+
+    It holds no fp64 copy of the cache, whose keys are rotated some at a time.
+    """
+    (keys, groups, dims), scale = k.shape, k.shape[-1] ** -0.5
+    blocks = [slice(start, start + KEYS_AT_ONCE) for start in range(0, keys, KEYS_AT_ONCE)]
+    cos, sin = reference.tables(freq.double(), torch.arange(keys, dtype=torch.float64))
+    q = reference.rotary(q[None, None].double(), cos[-1:], sin[-1:]).view(groups, -1, dims)
+    logits = torch.empty(groups, q.shape[1], keys, dtype=torch.float64)
+    for rows in blocks:
+        rotated = reference.rotary(k[None, rows].double(), cos[rows], sin[rows])[0]
+        torch.bmm(q, rotated.permute(1, 2, 0), out=logits[..., rows])
+    weights = logits.mul_(scale).softmax(dim=-1)
+    out = torch.zeros_like(q)
+    for rows in blocks:
+        out.baddbmm_(weights[..., rows], v[rows].double().transpose(0, 1))
+    return out.flatten(0, 1)

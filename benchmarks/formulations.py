@@ -3,7 +3,8 @@
 Those of rotary rotate the whole of D, pairs (x_i, x_(R+i)), with cos and sin [L, R] in fp32, and compute in fp32. The
 `_into` forms write into memory the caller brings, the `_in_place` form into its input. Those of attention are causal,
 take raw q, k and v [B, L, ., D] with cos and sin [L, 2R] of `reference.tables`, and compute in the inputs' dtype, as
-transformers does.
+transformers does. Those of decode take one token's q [B, G, H/G, D], viewed per key head, and k and v [B, G, S, D];
+they attend over keys that are rotated already, except for the `rotate_and_` ones.
 """
 
 import functools
@@ -132,3 +133,48 @@ def attend_with_frequencies(formulation: Callable[..., Tensor], compiled: bool) 
         return formulation(q, k, v, *reference.tables(freq, positions))
 
     return torch.compile(apply, dynamic=False, fullgraph=True) if compiled else apply
+
+
+def decode_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Without enable_gqa, which is eight times slower here."""
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def decode_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v
+
+
+def decode_split(q: Tensor, k: Tensor, v: Tensor, parts: int = 8) -> Tensor:
+    """Split-KV: ranges of keys are as many more heads for SDPA, whose results merge by their log-sum-exp."""
+    groups = k.shape[1]
+    k, v = (x.unflatten(2, (parts, -1)).flatten(1, 2) for x in (k, v))
+    q = q.repeat_interleave(parts, dim=1)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    out, lse = (x.unflatten(1, (groups, parts)) for x in (out, lse))
+    return (lse.softmax(dim=2)[..., None] * out).sum(dim=2).to(q.dtype)
+
+
+def rotate_and_attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate-half of the whole raw cache at every step, keys shared by the query heads."""
+    return decode_softmax(rotate_heads(q, cos[-1:], sin[-1:]), rotate_heads(k, cos, sin), v)
+
+
+def rotate_and_attend_repeated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same with keys and values copied for every query head, as the CLEX authors have it."""
+    shape, shared = q.shape, q.shape[2]
+    k, v = (x.repeat_interleave(shared, dim=1) for x in (rotate_heads(k, cos, sin), v))
+    q = rotate_heads(q, cos[-1:], sin[-1:]).flatten(1, 2)[:, :, None]
+    return decode_softmax(q, k, v).reshape(shape)
+
+
+def read_by_dot(k: Tensor, v: Tensor) -> Tensor:
+    """One pass over the bytes of both, as fp32 whatever they mean."""
+    return torch.dot(*(x.reshape(-1).view(torch.float32) for x in (k, v)))
+
+
+def read_by_sum(k: Tensor, v: Tensor) -> list[Tensor]:
+    return [x.reshape(-1).view(torch.float32).sum() for x in (k, v)]
+
+
+def read_by_max(k: Tensor, v: Tensor) -> list[Tensor]:
+    return [x.reshape(-1).view(torch.int32).amax() for x in (k, v)]

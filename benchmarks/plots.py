@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.summary import LayerCost, Overhead
 from clex_kernels import ClexConfig, reference, solve_frequencies
 
-OURS, THEIRS, FAINT = "#0b6e4f", "#b5473c", "#9aa5b1"
+OURS, THEIRS, BETWEEN, FAINT = "#0b6e4f", "#b5473c", "#c9902c", "#9aa5b1"
 SIZE = (8.0, 4.5)
 SHOWN_PAIRS = 7
 
@@ -101,6 +101,26 @@ def plot_layer(costs: Mapping[int, LayerCost], goals: Sequence[float], path: Pat
     for color, goal in zip((OURS, THEIRS), goals, strict=False):
         panels[0].axhline(goal, color=color, linewidth=1, linestyle=":", label=f"goal: {goal}")
     panels[0].legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def plot_decode(drift: dict[str, Any], path: Path) -> None:
+    """Error of a decode step by cached tokens; drift as of rotated_cache.Drift, the errors worst first."""
+    figure, axes = plt.subplots(figsize=SIZE)
+    for change in drift["changes"]:
+        axes.axvline(change, color=FAINT, linewidth=0.6, alpha=0.5, zorder=0)
+    for color, (name, errors) in zip((THEIRS, BETWEEN, OURS), drift["errors"].items(), strict=True):
+        axes.plot(drift["tokens"], errors, color=color, label=name)
+    axes.plot([], [], color=FAINT, linewidth=0.6, label="the length factor t changes, and every frequency with it")
+    axes.set(
+        xlabel="tokens in the cache",
+        ylabel="largest error of the output / largest output",
+        yscale="log",
+        title="Why keys stay raw: error of one decode step as the cache grows",
+        xlim=(0, drift["tokens"][-1]),
+    )
+    axes.grid(axis="x", visible=False)
+    axes.legend(frameon=True, edgecolor="none", framealpha=1.0, fontsize=9, loc="center right", bbox_to_anchor=(1, 0.6))
     save(figure, path)
 
 

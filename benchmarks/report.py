@@ -32,6 +32,7 @@ SECTIONS = {
     "rotary": "Rotary",
     "attention": "Attention",
     "layer": "Attention layer",
+    "decode": "Decode",
     "training": "Training step",
 }
 LAYER_DEVICES = ("cpu", "cuda")
@@ -41,16 +42,26 @@ the frequencies (drawing them and solving the ODE, once a step for all layers, i
 the same layer with one fixed table of plain RoPE; transformers-style is three linear layers, eager rotate-half and
 scaled_dot_product_attention with plain RoPE. At great lengths all three spend their time in PyTorch's attention, and on
 the CPU it is the same one."""
+DECODE_TEXT = """\
+One new token over cached keys that are rotated as they are read, by the frequencies of this very step: H 32, G 8,
+D 128, head-major caches. The rival is the fastest of SDPA, softmax(q k^T) v and split-KV SDPA over a cache whose keys
+were rotated beforehand, at no cost to it; no rotation is this package's kernel over the same; the floor reads K and V
+once."""
+DRIFT_TEXT = """\
+Keys rotated once by the frequencies of their own time don't fit a query of another t: from the first change of t on,
+the output is wrong. Re-rotating a bf16 cache at every new t mends that but rounds all keys once more each time, while
+raw keys are never rounded again (random keys and queries, synthetic weights, against fp64)."""
 RULES = """\
 Every figure is labelled: *measured* on the machine above in this run, *counted*, or *modelled*. All ways of a case run
 in one process and alternate round by round; times are medians over rounds, and ratios are of medians. Before each timed
-call, untimed, other inputs (or other weights) are written into the tensors that the call reads; after it, untimed, its
-output is compared with fp64 (frequencies: torchdiffeq dopri8 at 1e-13), and the largest error of all its calls is
-shown; of attention, at sampled query rows, as its tables say. The rival is the fastest of the formulations listed with
-it. The floor is a copy of the bytes that the operation writes; of attention, PyTorch's own on q and k rotated
-beforehand. Peak memory is the most bytes of tensors held at once beside inputs and weights, in one call. Threads and
-memory policy stand under each table. The ratio to the authors' way is no headline: it says how slow eager mode is; the
-floor and plain RoPE say what is left to gain."""
+call, untimed, other inputs (or other weights) are written into the tensors that the call reads, or for a decode step
+another cache is taken, which the CPU's caches hold nothing of; after it, untimed, its output is compared with fp64
+(frequencies: torchdiffeq dopri8 at 1e-13), and the largest error of all its calls is shown; of attention, at sampled
+query rows, as its tables say. The rival is the fastest of the formulations listed with it; of a decode step, over keys
+rotated beforehand. The floor is a copy of the bytes that the operation writes; of attention, PyTorch's own on q and k
+rotated beforehand; of a decode step, the fastest of several ways to read K and V once. Peak memory is the most bytes of
+tensors held at once beside inputs and weights, in one call. Threads and memory policy stand under each table. The ratio
+to the authors' way is no headline: it says how slow eager mode is; the floor and plain RoPE say what is left to gain."""
 
 
 def main() -> None:
@@ -125,6 +136,8 @@ def draw_plots(run: TrainingRun, cases: list[summary.Info], out: Path) -> None:
     for device in LAYER_DEVICES:
         if costs := summary.layer_costs(cases, device):
             plots.plot_layer(costs, LAYER_GOALS, out / f"layer_{device}.png")
+    if drift := drift_of(cases):
+        plots.plot_decode(drift, out / "decode.png")
     whole, table = (first_curves(cases, section) for section in ("end to end", "tables"))
     if whole and table:
         plots.plot_errors(whole, table, error_goals(cases), out / "error.png")
@@ -154,6 +167,22 @@ def layer_parts(cases: list[summary.Info]) -> list[str]:
     return ["## What CLEX adds to an attention layer", LAYER_TEXT, *(parts or ["Not measured in this run."])]
 
 
+def drift_of(cases: list[summary.Info]) -> dict[str, Any] | None:
+    return next((info["curves"]["drift"] for info in cases if "drift" in info["curves"]), None)
+
+
+def decode_parts(cases: list[summary.Info]) -> list[str]:
+    """What a decode step over raw keys takes, and why keys are raw."""
+    parts = ["## Decoding over raw keys", DECODE_TEXT]
+    if any(info["section"] == "decode" for info in cases):
+        parts += ["Median latency, *measured*:", summary.decode_table(cases)]
+    else:
+        parts.append("Not measured in this run.")
+    if drift_of(cases):
+        parts += [DRIFT_TEXT, "![error of a decode step against cached tokens](decode.png)"]
+    return parts
+
+
 def index(about: dict[str, str], run: TrainingRun, cases: list[summary.Info], elapsed: float, complete: bool) -> str:
     """The report as Markdown."""
     verdicts = summary.verdicts(cases)
@@ -168,13 +197,15 @@ def index(about: dict[str, str], run: TrainingRun, cases: list[summary.Info], el
     parts += [
         "## Overhead over plain RoPE",
         "Time with frequencies that change or are learned, over the same operation by this package with fixed ones. "
-        "Without a gradient it is the same kernel over another table: there, the distance from 1 is this run's noise.",
+        "Without a gradient it is the same kernel over another table: there, the distance from 1 is this run's noise. "
+        "A decode step with fixed ones has nothing to rotate: its keys were rotated when they were cached.",
         summary.markdown_table(
             ["operation", "time over plain RoPE", "label"],
             [[o.name, summary.number(o.ratio, "x"), o.label] for o in summary.overheads(cases)],
         ),
         "![overhead over plain RoPE](overhead.png)",
         *layer_parts(cases),
+        *decode_parts(cases),
         "## Goals",
         summary.goal_table(verdicts),
         "## Error against position",

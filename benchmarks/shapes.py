@@ -45,3 +45,38 @@ LAYER_LENGTHS = (1 << 10, 2 << 10, 4 << 10, 8 << 10, 16 << 10)
 LAYER_WIDTH, LAYER_HEADS, LAYER_KV_HEADS, LAYER_HEAD_DIM = 256, 4, 2, 64
 # most time that CLEX may take: over this package with frozen frequencies, and over transformers with plain RoPE.
 LAYER_GOALS = (1.03, 0.95)
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """One new token over caches of S slots each, all of D rotated; `lengths`: tokens cached by sequence, None for S."""
+
+    dtype: str
+    B: int
+    S: int
+    lengths: tuple[int, ...] | None = None
+    H: int = 32
+    G: int = 8
+    D: int = 128
+
+    @property
+    def cache(self) -> tuple[int, int, int, int]:
+        """Head-major, as it lies in memory."""
+        return (self.B, self.G, self.S, self.D)
+
+    @property
+    def name(self) -> str:
+        keys = (
+            f"{self.S >> 10}K keys" if self.lengths is None else f"{min(self.lengths):,} to {max(self.lengths):,} keys"
+        )
+        return f"{self.dtype}, batch {self.B}, {keys}"
+
+    def __str__(self) -> str:
+        return f"q {[self.B, 1, self.H, self.D]}, caches {list(self.cache)} in memory"
+
+
+DECODE_LENGTHS = tuple(DecodeShape("bf16", 1, keys << 10) for keys in (4, 32, 128))
+DECODE_32K = DECODE_LENGTHS[1]
+DECODE_FP32 = DecodeShape("fp32", 1, 32 << 10)
+DECODE_BATCHES = tuple(DecodeShape("bf16", 8, keys << 10) for keys in (4, 32))
+DECODE_MIXED = DecodeShape("bf16", 8, 32 << 10, (1000, 3000, 5000, 9000, 14000, 20000, 28000, 32768))

@@ -117,6 +117,28 @@ def layer_table(costs: Mapping[int, LayerCost], lengths: Iterable[int], quantity
     return markdown_table(header, rows)
 
 
+def decode_table(cases: Iterable[Info]) -> str:
+    """Decode steps that have a rival, in the order they ran: latencies, and what they move."""
+    rows = []
+    for info in cases:
+        if info["section"] == "decode" and info["rival"]:
+            ours, plain = (info["seconds"][name] for name in info["overhead"])
+            floor, moved = info["seconds"].get(info["floor"]), info["curves"]["bytes"]
+            latencies = (ours, plain, info["seconds"][info["rival"]], math.nan if floor is None else floor)
+            ratios = (info["ratio"], ours / plain, None if floor is None else ours / floor)
+            rows.append(
+                [
+                    info["case"],
+                    *(duration(seconds) for seconds in latencies),
+                    *("-" if ratio is None else number(ratio, "x") for ratio in ratios),
+                    f"{moved / info['curves']['tokens']:,.0f}",
+                    f"{moved / ours / 1e9:.3g}",
+                ]
+            )
+    header = ["case", "raw keys", "no rotation", "rival", "floor", "faster than the rival", "over no rotation"]
+    return markdown_table([*header, "over the floor", "bytes per key (counted)", "GB/s"], rows)
+
+
 def number(value: float, unit: str = "") -> str:
     """Short and readable: 0.708x, 1,043x, 3.1e-13, 172."""
     if not math.isfinite(value):
