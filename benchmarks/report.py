@@ -52,16 +52,17 @@ Keys rotated once by the frequencies of their own time don't fit a query of anot
 the output is wrong. Re-rotating a bf16 cache at every new t mends that but rounds all keys once more each time, while
 raw keys are never rounded again (random keys and queries, synthetic weights, against fp64)."""
 RULES = """\
-Every figure is labelled: *measured* on the machine above in this run, *counted*, or *modelled*. All ways of a case run
-in one process and alternate round by round; times are medians over rounds, and ratios are of medians. Before each timed
-call, untimed, other inputs (or other weights) are written into the tensors that the call reads, or for a decode step
-another cache is taken, which the CPU's caches hold nothing of; after it, untimed, its output is compared with fp64
-(frequencies: torchdiffeq dopri8 at 1e-13), and the largest error of all its calls is shown; of attention, at sampled
-query rows, as its tables say. The rival is the fastest of the formulations listed with it; of a decode step, over keys
-rotated beforehand. The floor is a copy of the bytes that the operation writes; of attention, PyTorch's own on q and k
-rotated beforehand; of a decode step, the fastest of several ways to read K and V once. Peak memory is the most bytes of
-tensors held at once beside inputs and weights, in one call. Threads and memory policy stand under each table. The ratio
-to the authors' way is no headline: it says how slow eager mode is; the floor and plain RoPE say what is left to gain."""
+Every figure is labelled: *measured* on the machine above in this run, *counted*, or *modelled*. All ways of a case
+run in one process and alternate round by round; times are medians over rounds, and ratios are of medians. Before
+each timed call, untimed, other inputs (or other weights) are written into the tensors that the call reads, or for a
+decode step another cache is taken, which the CPU's caches hold nothing of; after it, untimed, its output is compared
+with fp64 (frequencies: torchdiffeq dopri8 at 1e-13), and the largest error of all its calls is shown; of attention,
+at sampled query rows, as its tables say. The rival is the fastest of the formulations listed with it; of a decode
+step, over keys rotated beforehand. The floor is a copy of the bytes that the operation writes; of attention,
+PyTorch's own on q and k rotated beforehand; of a decode step, the fastest of several ways to read K and V once. Peak
+memory is the most bytes of tensors held at once beside inputs and weights, in one call. Threads and memory policy
+stand under each table. The ratio to the authors' way is no headline: it says how slow eager mode is; the floor and
+plain RoPE say what is left to gain."""
 
 
 def main() -> None:
