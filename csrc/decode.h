@@ -82,10 +82,28 @@ class Workspace {
   size_t size_ = 0;
 };
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Hands out arrays of one allocation; without memory it only counts the bytes.
+class Carver {
+ public:
+  explicit Carver(std::byte* memory) : memory_(memory) {}
+  template <class T>
+  T* take(int64_t count) {
+    std::byte* array = memory_ ? memory_ + bytes : nullptr;
+    bytes += ceil_div(count * sizeof(T), 64) * 64;
+    return reinterpret_cast<T*>(array);
+  }
+  size_t bytes = 0;
+
+ private:
+  std::byte* memory_;
+};
+
 // What a sequence's rows see together, slots [begin, end), in ranges that end at multiples of range_slots.
 struct DecodeSequence {
   int64_t begin, end, range_slots;
-  int64_t first_range;  // among those of all sequences
+  int64_t ranges, first_range;  // how many, and the first among those of all sequences
   int64_t table;
   double scale;
   bool broken;  // its table does not exist or is too short
@@ -98,6 +116,7 @@ struct DecodePlan {
   DecodeSequence* sequences;  // [B]
   int64_t ranges, head_block, head_blocks, items;
   int64_t group, rows, width;  // H / G, L H / G, D in whole vectors
+  int64_t tile, window;        // F, and a window that hides nothing if there is none
   void* sums;                  // [ranges, G, rows, width] of weighted values,
   void* weights;               // [ranges, G, rows] of weights,
   void* maxima;                // [ranges, G, rows] and the logits that both are relative to

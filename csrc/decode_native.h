@@ -21,16 +21,24 @@ namespace clex {
 constexpr int64_t kLanes = 16;
 
 // the first `count` of 16 or 32 lanes.
-CLEX_NATIVE __mmask16 lanes16(int64_t count) { return count >= 16 ? 0xffffu : (1u << std::max<int64_t>(count, 0)) - 1u; }
-CLEX_NATIVE __mmask32 lanes32(int64_t count) { return count >= 32 ? ~0u : (1u << std::max<int64_t>(count, 0)) - 1u; }
+CLEX_NATIVE __mmask32 lanes32(int64_t count) {
+  return count >= 32 ? ~0u : (1u << std::max<int64_t>(count, 0)) - 1u;
+}
+CLEX_NATIVE __mmask16 lanes16(int64_t count) { return lanes32(std::min<int64_t>(count, 16)); }
+
+// in lane i: i in the upper word, 0 in the lower.
+CLEX_NATIVE __m512i upper_words() {
+  return _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
+}
 
 CLEX_NATIVE __m512 load_lanes(const float* x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
 CLEX_NATIVE __m512 load_lanes(const Fp16* x, __mmask16 lanes) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x));
 }
 CLEX_NATIVE __m512 load_lanes(const Bf16* x, __mmask16 lanes) {
-  const __m256i bits = _mm256_maskz_loadu_epi16(lanes, x);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  // word i to the upper half of lane i: one shuffle instead of a conversion and a shift.
+  const __m512i bits = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(lanes, x));
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, upper_words(), bits));
 }
 
 // 32 elements of two vectors.
@@ -42,38 +50,57 @@ CLEX_NATIVE void store_both(Bf16* y, __m512 first, __m512 second) {
   _mm512_store_si512(y, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
 }
 
-CLEX_NATIVE __m512 dot(const float* a, const float* b, __m512 sum) {
-  return _mm512_fmadd_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b), sum);
+// sum + a b by lane, of fp32 or of pairs of bf16.
+template <class Key>
+CLEX_NATIVE __m512 dot(__m512 a, __m512 b, __m512 sum) {
+  if constexpr (std::is_same_v<Key, float>) return _mm512_fmadd_ps(a, b, sum);
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
-CLEX_NATIVE __m512 dot(const Bf16* a, const Bf16* b, __m512 sum) {
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_loadu_si512(a)),
-                          reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
+
+// keeps compilers from loading it once more at each use: loads are the bottleneck.
+CLEX_NATIVE __m512 load_once(__m512 x) {
+  asm("" : "+v"(x));
+  return x;
 }
 
 // 16 pairs (x[0..], x[R..]) rotated by their cosines and sines.
-template <class T, class Key>
-CLEX_NATIVE void rotate_lanes(const T* x, const float* row, int64_t pairs, __m512 sign, __mmask16 lanes, Key* y) {
-  const __m512 x0 = load_lanes(x, lanes), x1 = load_lanes(x + pairs, lanes);
-  const __m512 cosine = _mm512_maskz_loadu_ps(lanes, row);
-  const __m512 sine = _mm512_xor_ps(_mm512_maskz_loadu_ps(lanes, row + pairs), sign);
-  store_both(y, _mm512_fnmadd_ps(x1, sine, _mm512_mul_ps(x0, cosine)),
-             _mm512_fmadd_ps(x0, sine, _mm512_mul_ps(x1, cosine)));
+template <bool kConjugate, class T, class Key>
+CLEX_NATIVE void rotate_lanes(const T* x, const float* row, int64_t pairs, __mmask16 lanes, Key* y) {
+  const __m512 x0 = load_once(load_lanes(x, lanes)), x1 = load_once(load_lanes(x + pairs, lanes));
+  const __m512 cosine = load_once(load_lanes(row, lanes)), sine = load_once(load_lanes(row + pairs, lanes));
+  const __m512 direct0 = _mm512_mul_ps(x0, cosine), direct1 = _mm512_mul_ps(x1, cosine);
+  if constexpr (kConjugate) {
+    store_both(y, _mm512_fmadd_ps(x1, sine, direct0), _mm512_fnmadd_ps(x0, sine, direct1));
+  } else {
+    store_both(y, _mm512_fnmadd_ps(x1, sine, direct0), _mm512_fmadd_ps(x0, sine, direct1));
+  }
 }
 
-// y [key_width] of x [D], rotated by a row of a table or by its conjugate.
-template <bool kConjugate, class T, class Key>
-CLEX_NATIVE void rotate_row_native(const T* x, const float* row, Key* y, const HeadShape& shape) {
-  const int64_t pairs = shape.pairs;
-  const __m512 sign = _mm512_set1_ps(kConjugate ? -0.0f : 0.0f);
+// y [kCount, key_width] of x [kCount, D], rotated by rows of a table or by their conjugates.
+template <int kCount, bool kConjugate, class T, class Key>
+CLEX_NATIVE void rotate_rows(const T* x, int64_t stride, const float* table, int64_t table_stride, Key* y,
+                             int64_t key_width, const HeadShape& shape) {
+  const int64_t pairs = shape.pairs, dim = shape.dim;
   int64_t i = 0;
-  for (; i + kLanes <= pairs; i += kLanes, y += 32) rotate_lanes(x + i, row + i, pairs, sign, 0xffff, y);
+  for (; i + kLanes <= pairs; i += kLanes, y += 32) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kCount; ++k) {
+      rotate_lanes<kConjugate>(x + k * stride + i, table + k * table_stride + i, pairs, 0xffff, y + k * key_width);
+    }
+  }
   if (i < pairs) {
-    rotate_lanes(x + i, row + i, pairs, sign, lanes16(pairs - i), y);
+    const __mmask16 lanes = lanes16(pairs - i);
+    for (int k = 0; k < kCount; ++k) {
+      rotate_lanes<kConjugate>(x + k * stride + i, table + k * table_stride + i, pairs, lanes, y + k * key_width);
+    }
     y += 32;
   }
-  for (int64_t d = 2 * pairs; d < shape.dim; d += 32, y += 32) {
-    const int64_t left = shape.dim - d;
-    store_both(y, load_lanes(x + d, lanes16(left)), load_lanes(x + d + kLanes, lanes16(left - kLanes)));
+  for (int64_t d = 2 * pairs; d < dim; d += 32, y += 32) {
+    const __mmask16 low = lanes16(dim - d), high = lanes16(dim - d - kLanes);
+    for (int k = 0; k < kCount; ++k) {
+      const T* passed = x + k * stride + d;
+      store_both(y + k * key_width, load_lanes(passed, low), load_lanes(passed + kLanes, high));
+    }
   }
 }
 
@@ -83,8 +110,9 @@ CLEX_NATIVE __m512 sum_lanes(const __m512 (&sums)[16]) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const __m512 *a = sums + 4 * i, *b = a + 2;
-    const __m512d low = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1])));
-    const __m512d high = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(b[0], b[1]), _mm512_unpackhi_ps(b[0], b[1])));
+    const __m512 left = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+    const __m512 right = _mm512_add_ps(_mm512_unpacklo_ps(b[0], b[1]), _mm512_unpackhi_ps(b[0], b[1]));
+    const __m512d low = _mm512_castps_pd(left), high = _mm512_castps_pd(right);
     quarters[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
                                 _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
   }
@@ -97,34 +125,41 @@ CLEX_NATIVE __m512 sum_lanes(const __m512 (&sums)[16]) {
                        _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
 }
 
-// scores [kRows, 16] of kRows queries: 16 dot products at a time fill the registers and hide the latency.
+// Stores scores [kRows, 16 / kRows] into columns of scores [rows, 16].
+template <int kRows>
+CLEX_NATIVE void store_scores(float* scores, __m512 block) {
+  if constexpr (kRows == 1) _mm512_storeu_ps(scores, block);
+  if constexpr (kRows == 2) {
+    _mm256_storeu_ps(scores, _mm512_castps512_ps256(block));
+    _mm256_storeu_ps(scores + kBlock, _mm512_extractf32x8_ps(block, 1));
+  }
+  if constexpr (kRows == 4) {
+    _mm_storeu_ps(scores, _mm512_castps512_ps128(block));
+    _mm_storeu_ps(scores + kBlock, _mm512_extractf32x4_ps(block, 1));
+    _mm_storeu_ps(scores + 2 * kBlock, _mm512_extractf32x4_ps(block, 2));
+    _mm_storeu_ps(scores + 3 * kBlock, _mm512_extractf32x4_ps(block, 3));
+  }
+}
+
+// kRows queries times 16 / kRows keys: 16 sums fill the registers and hide the latency.
 template <int kRows, class Key>
-CLEX_NATIVE void score_rows_native(const Key* q, const Key* keys, int64_t width, float* scores) {
+CLEX_NATIVE __m512 score_block(const Key* q, const Key* keys, int64_t width) {
   constexpr int kKeys = 16 / kRows;
-  for (int64_t j = 0; j < kBlock; j += kKeys) {
-    __m512 sums[16];
+  __m512 sums[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
-    for (int64_t d = 0; d < width; d += 64 / sizeof(Key)) {
+  for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
+  for (int64_t d = 0; d < width; d += 64 / sizeof(Key)) {
+    __m512 x[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) x[r] = load_once(_mm512_loadu_ps(q + r * width + d));
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        const int r = i / kKeys, k = i % kKeys;
-        sums[i] = dot(q + r * width + d, keys + (j + k) * width + d, sums[i]);
-      }
-    }
-    const __m512 total = sum_lanes(sums);
-    if constexpr (kRows == 1) _mm512_storeu_ps(scores + j, total);
-    if constexpr (kRows == 2) {
-      _mm256_storeu_ps(scores + j, _mm512_castps512_ps256(total));
-      _mm256_storeu_ps(scores + kBlock + j, _mm512_extractf32x8_ps(total, 1));
-    }
-    if constexpr (kRows == 4) {
-      _mm_storeu_ps(scores + j, _mm512_castps512_ps128(total));
-      _mm_storeu_ps(scores + kBlock + j, _mm512_extractf32x4_ps(total, 1));
-      _mm_storeu_ps(scores + 2 * kBlock + j, _mm512_extractf32x4_ps(total, 2));
-      _mm_storeu_ps(scores + 3 * kBlock + j, _mm512_extractf32x4_ps(total, 3));
+    for (int k = 0; k < kKeys; ++k) {
+      const __m512 key = load_once(_mm512_load_ps(keys + k * width + d));
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sums[r * kKeys + k] = dot<Key>(x[r], key, sums[r * kKeys + k]);
     }
   }
+  return sum_lanes(sums);
 }
 
 // Weights of one key, or bf16 weights of two, beside the values that they multiply: both 32 channels long.
@@ -149,10 +184,9 @@ struct Terms<Bf16> {
 
   CLEX_HALF_ROWS __attribute__((always_inline)) Terms(const Bf16* v, int64_t stride, __mmask32 lanes) {
     const __m512i first = _mm512_maskz_loadu_epi16(lanes, v), second = _mm512_maskz_loadu_epi16(lanes, v + stride);
-    // words 0, 32, 1, 33, ... of both: a channel of the two keys side by side.
-    const __m512i words = _mm512_add_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                           _mm512_setzero_si512());
-    const __m512i order = _mm512_or_si512(words, _mm512_slli_epi32(_mm512_or_si512(words, _mm512_set1_epi32(32)), 16));
+    // words 0, 32, 1, 33, ...: a channel of the two keys side by side.
+    const __m512i words = _mm512_srli_epi32(upper_words(), 16);
+    const __m512i order = _mm512_or_si512(_mm512_or_si512(words, upper_words()), _mm512_set1_epi32(32 << 16));
     const __m512i later = _mm512_add_epi16(order, _mm512_set1_epi16(16));
     low = reinterpret_cast<__m512bh>(_mm512_permutex2var_epi16(first, order, second));
     high = reinterpret_cast<__m512bh>(_mm512_permutex2var_epi16(first, later, second));
@@ -221,24 +255,15 @@ struct NativeTiles {
                                   const HeadShape& shape) {
     const int64_t width = key_width(shape);
     for (int64_t r = 0; r < rows; ++r) {
-      rotate_row_native<true>(q + r * shape.width, coarse, turned + r * width, shape);
+      rotate_rows<1, true>(q + r * shape.width, 0, coarse, 0, turned + r * width, width, shape);
     }
   }
 
-  CLEX_HALF_ROWS static void rotate_keys(const T* keys, int64_t stride, const T* next, const float* fine,
-                                         int64_t fine_stride, Key* rotated, const HeadShape& shape) {
-    const int64_t width = key_width(shape);
-    for (int64_t j = 0; j < kBlock; ++j) {
-      prefetch_row(next + j * stride, shape.dim);
-      rotate_row_native<false>(keys + j * stride, fine + j * fine_stride, rotated + j * width, shape);
-    }
-  }
-
-  CLEX_HALF_ROWS static void score(const Key* q, int64_t rows, const Key* keys, int64_t width, float* scores) {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) score_rows_native<4>(q + r * width, keys, width, scores + r * kBlock);
-    for (; r + 2 <= rows; r += 2) score_rows_native<2>(q + r * width, keys, width, scores + r * kBlock);
-    if (r < rows) score_rows_native<1>(q + r * width, keys, width, scores + r * kBlock);
+  CLEX_HALF_ROWS static void score(const Key* q, int64_t rows, const Keys<T>& keys, Key* rotated, float* scores,
+                                   const HeadShape& shape) {
+    if (rows >= 4) return score_by<4>(q, rows, keys, rotated, scores, shape);
+    if (rows >= 2) return score_by<2>(q, rows, keys, rotated, scores, shape);
+    score_by<1>(q, rows, keys, rotated, scores, shape);
   }
 
   // `scratch` has room for [rows, 16].
@@ -261,6 +286,28 @@ struct NativeTiles {
       accumulate_rows_native<2>(values, stride, next, w + r * kBlock, sums + r * width, shape);
     }
     if (r < rows) accumulate_rows_native<1>(values, stride, next, w + r * kBlock, sums + r * width, shape);
+  }
+
+ private:
+  // few keys at a time are rotated and used at once, so that they don't drive the cache's out of the L1 cache.
+  template <int kRows>
+  CLEX_NATIVE void score_by(const Key* q, int64_t rows, const Keys<T>& keys, Key* rotated, float* scores,
+                            const HeadShape& shape) {
+    constexpr int64_t kKeys = 16 / kRows;
+    const int64_t width = key_width(shape);
+    for (int64_t j = 0; j < kBlock; j += kKeys) {
+      for (int64_t k = 0; k < kKeys; k += 4) {
+        const T* data = keys.data + (j + k) * keys.stride;
+        const float* fine = keys.fine + (j + k) * keys.fine_stride;
+        for (int64_t i = j + k; i < j + k + 4; ++i) prefetch_row(keys.next + i * keys.stride, shape.dim);
+        rotate_rows<4, false>(data, keys.stride, fine, keys.fine_stride, rotated + k * width, width, shape);
+      }
+      for (int64_t r = 0; r < rows; r += kRows) {
+        // the last rows may come twice.
+        const int64_t first = std::min(r, rows - kRows);
+        store_scores<kRows>(scores + first * kBlock + j, score_block<kRows>(q + first * width, rotated, width));
+      }
+    }
   }
 };
 

@@ -31,13 +31,20 @@ struct RowState {
 template <class R>
 constexpr R kNothingSeen = std::numeric_limits<R>::lowest();
 
-#ifndef KLOC
-#define KLOC 2
-#endif
-constexpr int kLocality = KLOC;
+// A block of keys [16, D] in the cache, the rows of the fine table that rotate them, and the block that comes next.
+template <class T>
+struct Keys {
+  const T* data;
+  int64_t stride;
+  const T* next;
+  const Real<T>* fine;
+  int64_t fine_stride;
+};
+
+// into the L2 cache: more rows are under way than the L1 cache could wait for.
 template <class T>
 CLEX_INLINE void prefetch_row(const T* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, kLocality);
+  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
 }
 
 template <class T>
@@ -67,16 +74,6 @@ CLEX_INLINE void turn_body(const R* q, int64_t rows, const R* coarse, R* turned,
   for (int64_t r = 0; r < rows; ++r) rotate_row(q + r * shape.width, turned + r * shape.width, coarse, true, shape);
 }
 
-// rotated [16, width] of keys [16, D], by rows of the fine table.
-template <class T>
-CLEX_INLINE void rotate_keys_body(const T* keys, int64_t stride, const T* next, const Real<T>* fine, int64_t fine_stride,
-                                  Real<T>* rotated, const HeadShape& shape) {
-  for (int64_t j = 0; j < kBlock; ++j) {
-    prefetch_row(next + j * stride, shape.dim);
-    rotate_row(keys + j * stride, rotated + j * shape.width, fine + j * fine_stride, false, shape);
-  }
-}
-
 // lanes of a sum, by halves: compilers add up a vector's lanes one after the other.
 template <class R>
 CLEX_INLINE R sum_lanes(const R* sums) {
@@ -86,6 +83,16 @@ CLEX_INLINE R sum_lanes(const R* sums) {
 #pragma omp simd
   for (int i = 0; i < 4; ++i) four[i] = eight[i] + eight[4 + i];
   return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+template <class R>
+CLEX_INLINE R max_lanes(const R* x) {
+  R eight[8], four[4];
+#pragma omp simd
+  for (int i = 0; i < 8; ++i) eight[i] = x[i] > x[8 + i] ? x[i] : x[8 + i];
+#pragma omp simd
+  for (int i = 0; i < 4; ++i) four[i] = eight[i] > eight[4 + i] ? eight[i] : eight[4 + i];
+  return std::max(std::max(four[0], four[2]), std::max(four[1], four[3]));
 }
 
 template <class R, int kRows>
@@ -103,16 +110,18 @@ CLEX_INLINE void score_rows(const R* q, const R* keys, int64_t width, R* scores)
   }
 }
 
-// scores [rows, 16] = q k'^T.
-template <class R>
-CLEX_INLINE void score_body(const R* q, int64_t rows, const R* keys, int64_t width, R* scores) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) score_rows<R, 4>(q + r * width, keys, width, scores + r * kBlock);
-  if (r + 2 <= rows) {
-    score_rows<R, 2>(q + r * width, keys, width, scores + r * kBlock);
-    r += 2;
+// scores [rows, 16] = q k'^T; `rotated` has room for [16, width].
+template <class T>
+CLEX_INLINE void score_body(const Real<T>* q, int64_t rows, const Keys<T>& keys, Real<T>* rotated, Real<T>* scores,
+                            const HeadShape& shape) {
+  const int64_t width = shape.width;
+  for (int64_t j = 0; j < kBlock; ++j) {
+    prefetch_row(keys.next + j * keys.stride, shape.dim);
+    rotate_row(keys.data + j * keys.stride, rotated + j * width, keys.fine + j * keys.fine_stride, false, shape);
   }
-  if (r < rows) score_rows<R, 1>(q + r * width, keys, width, scores + r * kBlock);
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) score_rows<Real<T>, 4>(q + r * width, rotated, width, scores + r * kBlock);
+  for (; r < rows; ++r) score_rows<Real<T>, 1>(q + r * width, rotated, width, scores + r * kBlock);
 }
 
 // e^x for x <= 0, exactly 0 far out.
@@ -122,25 +131,30 @@ CLEX_INLINE R weight_of(R x) {
   return x < lowest ? R(0) : fast_exp(x);
 }
 
+// Raises a row's maximum, and scales down what is relative to it.
+template <class R>
+CLEX_INLINE void raise_maximum(R top, int64_t r, const RowState<R>& state, int64_t width) {
+  const R decay = weight_of(state.maxima[r] - top);
+  R* __restrict values = state.values + r * width;
+  R* __restrict weights = state.weights + r * kBlock;
+#pragma omp simd
+  for (int64_t d = 0; d < width; ++d) values[d] *= decay;
+#pragma omp simd
+  for (int64_t j = 0; j < kBlock; ++j) weights[j] *= decay;
+  state.maxima[r] = top;
+}
+
 // Turns scores into weights relative to the rows' maxima, which may rise, and adds them up.
 template <class R>
 CLEX_INLINE void weigh_body(R* __restrict scores, int64_t rows, const RowState<R>& state, int64_t width) {
   for (int64_t r = 0; r < rows; ++r) {
+    const R top = max_lanes(scores + r * kBlock);
+    if (top > state.maxima[r]) raise_maximum(top, r, state, width);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
     R* __restrict s = scores + r * kBlock;
     R* __restrict weights = state.weights + r * kBlock;
-    R top = state.maxima[r];
-    int higher = 0;
-    for (int64_t j = 0; j < kBlock; ++j) higher |= s[j] > top;
-    if (higher) {
-      for (int64_t j = 0; j < kBlock; ++j) top = s[j] > top ? s[j] : top;
-      const R decay = weight_of(state.maxima[r] - top);
-      R* __restrict values = state.values + r * width;
-#pragma omp simd
-      for (int64_t d = 0; d < width; ++d) values[d] *= decay;
-#pragma omp simd
-      for (int64_t j = 0; j < kBlock; ++j) weights[j] *= decay;
-      state.maxima[r] = top;
-    }
+    const R top = state.maxima[r];
 #pragma omp simd
     for (int64_t j = 0; j < kBlock; ++j) {
       s[j] = weight_of(s[j] - top);
@@ -199,12 +213,10 @@ CLEX_INLINE void accumulate_body(const T* values, int64_t stride, const T* next,
 
 CLEX_MULTIVERSION(turn, (const T* q, int64_t rows, const T* coarse, T* turned, const HeadShape& shape),
                   (q, rows, coarse, turned, shape))
-CLEX_MULTIVERSION(rotate_keys,
-                  (const T* keys, int64_t stride, const T* next, const Real<T>* fine, int64_t fine_stride,
-                   Real<T>* rotated, const HeadShape& shape),
-                  (keys, stride, next, fine, fine_stride, rotated, shape))
-CLEX_MULTIVERSION(score, (const T* q, int64_t rows, const T* keys, int64_t width, T* scores),
-                  (q, rows, keys, width, scores))
+CLEX_MULTIVERSION(score,
+                  (const Real<T>* q, int64_t rows, const Keys<T>& keys, Real<T>* rotated, Real<T>* scores,
+                   const HeadShape& shape),
+                  (q, rows, keys, rotated, scores, shape))
 CLEX_MULTIVERSION(cap, (T * scores, int64_t rows, T softcap), (scores, rows, softcap))
 CLEX_MULTIVERSION(weigh, (T * scores, int64_t rows, const RowState<T>& state, int64_t width),
                   (scores, rows, state, width))
@@ -220,8 +232,7 @@ struct PortableTiles {
   static int64_t key_width(const HeadShape& shape) { return shape.width; }
 
   static constexpr auto turn = clex::turn<Real<T>>;
-  static constexpr auto rotate_keys = clex::rotate_keys<T>;
-  static constexpr auto score = clex::score<Real<T>>;
+  static constexpr auto score = clex::score<T>;
   static constexpr auto accumulate = clex::accumulate<T>;
 };
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from clex_kernels.attention_terms import Rule, Tables, Tokens
-from clex_kernels.kernels import append, attention_bwd, attention_fwd, rotary
+from clex_kernels.kernels import append, attention_bwd, attention_fwd, decode, rotary
 
 
 @dataclass(frozen=True)
@@ -189,4 +189,68 @@ def append_cases() -> list[Case]:
 
 
 PASSES = ("fwd", "bwd_dq", "bwd_dkv")
-CASES = {case.name: case for case in [*rotary_cases(), *attention_cases(), *append_cases()]}
+
+
+def launch_decode(
+    dims: int = 128,
+    pairs: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    length: int = 1,
+    groups: int = 8,
+    page: int | None = None,
+    rule: Rule = CAUSAL,
+    rotates: tuple[bool, bool] = (True, True),
+    capacity: int = 32768,
+    variant: str = "",
+) -> None:
+    """A step of decoding with 32 query heads over tensors without memory."""
+    q = meta(2, length, 32, dims, dtype=dtype)
+    shape = (2, capacity) if page is None else (2 * capacity // page, page)
+    k, v = (meta(*shape, groups, dims, dtype=dtype) for _ in range(2))
+    block_table = None if page is None else meta(2, capacity // page, dtype=torch.int32)
+    tables = 16 if variant == "stack" else 1
+    coarse, fine = (meta(tables, n, 2, pairs, dtype=torch.float32) for n in (capacity // 64, 64))
+    slots = meta(2, dtype=torch.int64)
+    tokens = Tokens(kv_end=slots)
+    if variant == "stack":
+        tokens = Tokens(kv_start=slots, kv_end=slots, lengths=slots)
+    decode.launch_decode(
+        *(q, k, v, Tables(coarse, fine), tokens, block_table, 4096 if tables > 1 else None, rule, rotates),
+        *(torch.empty_like(q), meta(2, 32, length, dtype=torch.float32)),
+    )
+
+
+def decode_cases() -> list[Case]:
+    """Every tile, and each feature that changes the code; an element is a key of one key head, or a number merged."""
+
+    def case(name: str, **settings: Any) -> Case:
+        itemsize = settings.get("dtype", torch.bfloat16).itemsize
+        launch = partial(launch_decode, **settings)
+        return Case(
+            f"decode-{name}", "decode_kernel", launch, lambda c: c["BLOCK_S"], itemsize, is_product=itemsize == 2
+        )
+
+    capped = Rule(0.1, window=512, softcap=30.0, log_base=8.0)
+    cases: dict[str, dict[str, Any]] = {
+        "bfloat16-D64-R32": {"dims": 64, "pairs": 32},
+        "bfloat16-D80-R16": {"dims": 80, "pairs": 16},
+        "bfloat16-D128-R64": {},
+        "bfloat16-D128-R16": {"pairs": 16},
+        "bfloat16-D256-R128": {"dims": 256, "pairs": 128},
+        "bfloat16-D256-R32": {"dims": 256, "pairs": 32},
+        "float32-D64-R32": {"dims": 64, "pairs": 32, "dtype": torch.float32},
+        "float32-D128-R64": {"dtype": torch.float32},
+        "float32-D256-R128": {"dims": 256, "pairs": 128, "dtype": torch.float32},
+        "bfloat16-D128-R64-rows32": {"groups": 1},
+        "bfloat16-D128-R64-page16": {"page": 16},
+        "bfloat16-D128-R64-page16-rows32": {"page": 16, "length": 16},
+        "bfloat16-D128-R64-page256": {"page": 256},
+        "bfloat16-D256-R128-page16": {"dims": 256, "pairs": 128, "page": 16},
+        "bfloat16-D128-R64-window-softcap-log-stack": {"rule": capped, "variant": "stack"},
+        "bfloat16-D128-rotated": {"rotates": (False, False)},
+    }
+    merge = Case("decode_combine", "decode_combine_kernel", launch_decode, lambda c: c["BLOCK_N"] * c["D"], 4)
+    return [merge, *(case(name, **settings) for name, settings in cases.items())]
+
+
+CASES = {case.name: case for case in [*rotary_cases(), *attention_cases(), *append_cases(), *decode_cases()]}

@@ -54,7 +54,11 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "mixed dtypes": (ValueError, "v_cache: expected q's dtype", {"v_cache": torch.ones(B, S, G, D).double()}),
     "another batch": (ValueError, r"k_cache: expected shape \[B=2, S, G, D=16\]", {"k_cache": torch.ones(3, S, G, D)}),
     "another D": (ValueError, r"k_cache: expected shape \[B=2, S, G, D=16\]", {"k_cache": torch.ones(B, S, G, 8)}),
-    "v unlike k": (ValueError, r"v_cache: expected shape k_cache's \[2, 96, 2, 16\]", {"v_cache": torch.ones(B, 95, G, D)}),
+    "v unlike k": (
+        ValueError,
+        r"v_cache: expected shape k_cache's \[2, 96, 2, 16\]",
+        {"v_cache": torch.ones(B, 95, G, D)},
+    ),
     "strides of q": (ValueError, "q: expected unit stride in D", {"q": strided(torch.ones(B, L, H, D))}),
     "strides of v": (ValueError, "v_cache: expected unit stride in D", {"v_cache": strided(torch.ones(B, S, G, D))}),
     "heads that do not group": (ValueError, "q: expected H to be a multiple of G=2", {"q": torch.ones(B, L, 3, D)}),

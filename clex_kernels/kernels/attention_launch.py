@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
 
 from clex_kernels.attention_terms import Rule, Tables, Tokens
 from clex_kernels.kernels.common import strides
@@ -64,9 +65,19 @@ def product_kind(q: torch.Tensor) -> Literal["fp32", "mma", "wgmma"]:
     """How a GPU multiplies tiles of q: on plain cores, from registers, or from shared memory and with much of it."""
     if q.element_size() > 2:
         return "fp32"
-    # the interpreter's tensors have no GPU.
-    arch = None if q.device.type == "cpu" else triton.runtime.driver.active.get_current_target().arch
-    return "wgmma" if arch in (90, 100, 103) else "mma"
+    target = target_of(q)
+    return "wgmma" if target is not None and target.arch in (90, 100, 103) else "mma"
+
+
+def is_hip(q: torch.Tensor) -> bool:
+    """Whether q is on an AMD GPU."""
+    target = target_of(q)
+    return target is not None and target.backend == "hip"
+
+
+def target_of(q: torch.Tensor) -> GPUTarget | None:
+    """The GPU that q's kernels are compiled for; None for the interpreter's tensors, which have none."""
+    return None if q.device.type == "cpu" else triton.runtime.driver.active.get_current_target()
 
 
 def rule_constants(rule: Rule) -> dict[str, float | bool | None]:

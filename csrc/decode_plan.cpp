@@ -1,0 +1,83 @@
+// How a call is cut into items.
+#include <algorithm>
+#include <cmath>
+
+#include "decode.h"
+
+namespace clex {
+namespace {
+
+constexpr int64_t kRangeSlots = 1024;
+constexpr int64_t kMinRanges = 8;
+// rows of an item that takes several KV heads: their queries and sums should stay in the L2 cache.
+constexpr int64_t kItemRows = 128;
+
+int64_t choose_table(const DecodeCall& call, int64_t b, int64_t length) {
+  if (call.index) return call.index[b * call.index_stride];
+  if (call.train_length) return std::clamp<int64_t>((length - 1) / call.train_length, 0, call.tables - 1);
+  return call.tables == 1 ? 0 : b;
+}
+
+double scale_of(const DecodeCall& call, int64_t length) {
+  if (call.log_base == 0.0) return call.scale;
+  const double factor = std::log(static_cast<double>(std::max<int64_t>(length, 1))) / call.log_base;
+  return call.scale * (call.log_clamped ? std::max(factor, 1.0) : factor);
+}
+
+DecodeSequence plan_sequence(const DecodePlan& plan, int64_t b) {
+  const DecodeCall& call = *plan.call;
+  const int64_t given_end = call.kv_end.at(b), given_start = call.kv_start.data ? call.kv_start.at(b) : 0;
+  const int64_t length = call.lengths.data ? call.lengths.at(b) : std::max<int64_t>(given_end - given_start, 0);
+  DecodeSequence sequence;
+  sequence.end = std::clamp<int64_t>(given_end, 0, call.slots);
+  sequence.begin = std::clamp<int64_t>(given_start, 0, call.slots);
+  sequence.begin = std::max(sequence.begin, sequence.end - call.length - plan.window + 1);
+  const int64_t tile = plan.tile;
+  const int64_t tiles = ceil_div(sequence.end, tile) - sequence.begin / tile;
+  const int64_t most = std::max<int64_t>(kRangeSlots / tile, 1);
+  sequence.range_slots = tile * std::clamp<int64_t>(ceil_div(tiles, kMinRanges), 1, most);
+  sequence.table = choose_table(call, b, length);
+  sequence.scale = scale_of(call, length);
+  const bool exists = sequence.table >= 0 && sequence.table < call.tables;
+  sequence.broken = (call.rotate_q || call.rotate_k) && !(exists && sequence.end <= call.tiles * call.tile);
+  const bool empty = sequence.begin >= sequence.end || sequence.broken;
+  const int64_t first = sequence.begin / sequence.range_slots;
+  sequence.ranges = empty ? 0 : ceil_div(sequence.end, sequence.range_slots) - first;
+  return sequence;
+}
+
+}  // namespace
+
+void plan_decode(const DecodeCall& call, Workspace& workspace, DecodePlan& plan) {
+  plan.call = &call;
+  plan.tile = call.rotate_q || call.rotate_k ? call.tile : 64;
+  const int64_t most = call.slots + call.length;
+  plan.window = call.window ? std::min(call.window, most) : most;
+  plan.group = call.heads / call.kv_heads;
+  plan.rows = call.length * plan.group;
+  plan.width = ceil_div(call.dim, 32) * 32;
+  // where a slot's heads lie side by side, an item takes them together, to read whole rows.
+  const bool token_major = call.keys.strides[2] < call.keys.strides[1];
+  plan.head_block = token_major ? std::clamp<int64_t>(kItemRows / plan.rows, 1, call.kv_heads) : 1;
+  plan.head_blocks = ceil_div(call.kv_heads, plan.head_block);
+
+  plan.ranges = 0;
+  for (int64_t b = 0; b < call.batch; ++b) plan.ranges += plan_sequence(plan, b).ranges;
+  const auto carve = [&](Carver carver) {
+    const int64_t rows = plan.ranges * call.kv_heads * plan.rows, size = call.element == Element::fp64 ? 8 : 4;
+    plan.sequences = carver.take<DecodeSequence>(call.batch);
+    plan.sums = carver.take<std::byte>(rows * plan.width * size);
+    plan.weights = carver.take<std::byte>(rows * size);
+    plan.maxima = carver.take<std::byte>(rows * size);
+    return carver.bytes;
+  };
+  carve(Carver(workspace.reserve(carve(Carver(nullptr)))));
+  for (int64_t b = 0, first = 0; b < call.batch; first += plan.sequences[b++].ranges) {
+    plan.sequences[b] = plan_sequence(plan, b);
+    plan.sequences[b].first_range = first;
+  }
+  plan.items = plan.ranges * plan.head_blocks;
+  plan.next_item = 0;
+}
+
+}  // namespace clex
