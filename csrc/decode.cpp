@@ -62,7 +62,12 @@ template <class T, class Tiles>
 void work_by(DecodePlan& plan) {
   thread_local Workspace workspace;
   ItemWorker<T, Tiles> worker(plan, workspace);
-  for (int64_t item; (item = plan.next_item++) < plan.items;) worker.run(item);
+  int64_t item = plan.next_item++;
+  while (item < plan.items) {
+    const int64_t upcoming = plan.next_item++;
+    worker.run(item, upcoming);
+    item = upcoming;
+  }
 }
 
 template <class T>

@@ -10,8 +10,8 @@
 
 namespace clex {
 
-// slots between a block and the one that is fetched meanwhile.
-constexpr int64_t kAhead = 2 * kBlock;
+// slots between a block and the one that is fetched meanwhile, perhaps the next item's.
+constexpr int64_t kAhead = 4 * kBlock;
 
 // slots [first, last) that a query sees.
 struct Span {
@@ -46,24 +46,29 @@ class ItemWorker {
     std::memset(static_cast<void*>(rotated_), 0, kBlock * key_width_ * sizeof(Key));
   }
 
-  void run(int64_t item) {
-    select(item);
-    for (int64_t g = first_head_; g < last_head_; ++g) start_head(g);
-    const int64_t first = std::max(sequence_->begin, range_ * sequence_->range_slots);
-    const int64_t last = std::min(sequence_->end, (range_ + 1) * sequence_->range_slots);
-    const int64_t begin = first / kBlock * kBlock;
-    for (int64_t slot = begin; slot < last; slot += kBlock) {
-      const Pointers here = locate(slot);
+  // `upcoming` is what this thread works on next, if there is anything.
+  void run(int64_t item, int64_t upcoming) {
+    item_ = describe(item);
+    next_ = upcoming < plan_.items ? describe(upcoming) : Item{};
+    table_ = call_.rotate_q || call_.rotate_k ? item_.sequence->table : 0;
+    for (int64_t g = item_.first_head; g < item_.last_head; ++g) start_head(g);
+    for (int64_t slot = item_.begin; slot < item_.last; slot += kBlock) {
+      const Pointers here = locate(item_, slot);
       if (!here.keys) return poison();
-      if (slot == begin || slot % tile_ == 0) turn_queries(slot / tile_);
-      block_ = {slot, std::max(first, slot) - slot, std::min(last, slot + kBlock) - slot};
-      const Pointers ahead = slot + kAhead < last ? locate(slot + kAhead) : here;
-      for (int64_t g = first_head_; g < last_head_; ++g) step(g, here, ahead.keys ? ahead : here);
+      if (slot == item_.begin || slot % tile_ == 0) turn_queries(slot / tile_);
+      block_ = {slot, std::max(item_.first, slot) - slot, std::min(item_.last, slot + kBlock) - slot};
+      const Pointers ahead = look_ahead(slot + kAhead);
+      for (int64_t g = item_.first_head; g < item_.last_head; ++g) step(g, here, ahead.keys ? ahead : here);
     }
-    for (int64_t g = first_head_; g < last_head_; ++g) finish_head(g);
+    for (int64_t g = item_.first_head; g < item_.last_head; ++g) finish_head(g);
   }
 
  private:
+  // slots [first, last) of a sequence, from the block at `begin` on, for KV heads [first_head, last_head).
+  struct Item {
+    const DecodeSequence* sequence = nullptr;
+    int64_t b = 0, range = 0, first_head = 0, last_head = 0, begin = 0, first = 0, last = 0;
+  };
   struct Pointers {
     const T* keys;
     const T* values;
@@ -86,17 +91,21 @@ class ItemWorker {
     live_values_ = carver.take<T>(kBlock * call_.dim);
   }
 
-  void select(int64_t item) {
-    const int64_t range = item / plan_.head_blocks;
+  Item describe(int64_t index) const {
+    Item item;
+    item.range = index / plan_.head_blocks;
     const DecodeSequence *begin = plan_.sequences, *end = begin + call_.batch;
     const auto starts_later = [](int64_t at, const DecodeSequence& s) { return at < s.first_range; };
-    sequence_ = std::upper_bound(begin, end, range, starts_later) - 1;
-    b_ = sequence_ - plan_.sequences;
-    slot_of_range_ = range;
-    range_ = range - sequence_->first_range + sequence_->begin / sequence_->range_slots;
-    first_head_ = item % plan_.head_blocks * plan_.head_block;
-    last_head_ = std::min(first_head_ + plan_.head_block, call_.kv_heads);
-    table_ = call_.rotate_q || call_.rotate_k ? sequence_->table : 0;
+    item.sequence = std::upper_bound(begin, end, item.range, starts_later) - 1;
+    const DecodeSequence& sequence = *item.sequence;
+    item.b = item.sequence - begin;
+    const int64_t range = item.range - sequence.first_range + sequence.begin / sequence.range_slots;
+    item.first = std::max(sequence.begin, range * sequence.range_slots);
+    item.last = std::min(sequence.end, (range + 1) * sequence.range_slots);
+    item.begin = item.first / kBlock * kBlock;
+    item.first_head = index % plan_.head_blocks * plan_.head_block;
+    item.last_head = std::min(item.first_head + plan_.head_block, call_.kv_heads);
+    return item;
   }
 
   const R* coarse_row(int64_t c) const {
@@ -109,12 +118,12 @@ class ItemWorker {
     return static_cast<const R*>(call_.fine) + offset;
   }
 
-  R* queries(int64_t g) const { return queries_ + (g - first_head_) * plan_.rows * plan_.width; }
-  Key* turned(int64_t g) const { return turned_ + (g - first_head_) * plan_.rows * key_width_; }
+  R* queries(int64_t g) const { return queries_ + (g - item_.first_head) * plan_.rows * plan_.width; }
+  Key* turned(int64_t g) const { return turned_ + (g - item_.first_head) * plan_.rows * key_width_; }
 
   RowState<R> state(int64_t g) const {
-    const int64_t row = (slot_of_range_ * call_.kv_heads + g) * plan_.rows;
-    return {static_cast<R*>(plan_.sums) + row * plan_.width, weights_ + (g - first_head_) * plan_.rows * kBlock,
+    const int64_t row = (item_.range * call_.kv_heads + g) * plan_.rows;
+    return {static_cast<R*>(plan_.sums) + row * plan_.width, weights_ + (g - item_.first_head) * plan_.rows * kBlock,
             static_cast<R*>(plan_.maxima) + row};
   }
 
@@ -133,15 +142,15 @@ class ItemWorker {
   void start_head(int64_t g) {
     const int64_t* strides = call_.q_strides;
     for (int64_t l = 0; l < call_.length; ++l) {
-      const int64_t position = sequence_->end - call_.length + l;
+      const int64_t position = item_.sequence->end - call_.length + l;
       const bool rotates = call_.rotate_q && position >= 0;
       const HeadShape shape{call_.dim, rotates ? call_.pairs : 0, plan_.width};
       if (rotates) combine(position);
       for (int64_t h = 0; h < plan_.group; ++h) {
-        const T* q = static_cast<const T*>(call_.q) + b_ * strides[0] + l * strides[1];
+        const T* q = static_cast<const T*>(call_.q) + item_.b * strides[0] + l * strides[1];
         R* query = queries(g) + (l * plan_.group + h) * plan_.width;
         rotate_row(q + (g * plan_.group + h) * strides[2], query, combined_, false, shape);
-        for (int64_t d = 0; d < call_.dim; ++d) query[d] *= static_cast<R>(sequence_->scale);
+        for (int64_t d = 0; d < call_.dim; ++d) query[d] *= static_cast<R>(item_.sequence->scale);
       }
     }
     const RowState<R> rows = state(g);
@@ -152,16 +161,16 @@ class ItemWorker {
 
   void turn_queries(int64_t c) {
     const R* coarse = call_.rotate_k ? coarse_row(c) : nullptr;
-    for (int64_t g = first_head_; g < last_head_; ++g) {
+    for (int64_t g = item_.first_head; g < item_.last_head; ++g) {
       Tiles::turn(queries(g), plan_.rows, coarse, turned(g), shape_);
     }
   }
 
   // where a block begins, no keys if its page does not exist.
-  Pointers locate(int64_t slot) const {
-    int64_t outer = b_, inner = slot;
+  Pointers locate(const Item& item, int64_t slot) const {
+    int64_t outer = item.b, inner = slot;
     if (call_.block_table.data) {
-      outer = call_.block_table.at(b_, slot / call_.page_size);
+      outer = call_.block_table.at(item.b, slot / call_.page_size);
       inner = slot % call_.page_size;
       if (outer < 0 || outer >= call_.pages) return {nullptr, nullptr};
     }
@@ -169,6 +178,17 @@ class ItemWorker {
       return static_cast<const T*>(cache.data) + outer * cache.strides[0] + inner * cache.strides[1];
     };
     return {at(call_.keys), at(call_.values)};
+  }
+
+  // the same for a block to fetch, which past the end of this item is the next one's; none if there is none.
+  Pointers look_ahead(int64_t slot) const {
+    if (slot < item_.last) return locate(item_, slot);
+    slot += next_.begin - ceil_div(item_.last, kBlock) * kBlock;
+    if (slot >= next_.last) return {nullptr, nullptr};
+    Pointers ahead = locate(next_, slot);
+    if (!ahead.keys) return ahead;
+    const int64_t heads = next_.first_head - item_.first_head;
+    return {ahead.keys + heads * call_.keys.strides[2], ahead.values + heads * call_.values.strides[2]};
   }
 
   // dead slots may hold anything: zeros in their stead.
@@ -183,7 +203,7 @@ class ItemWorker {
 
   void hide() {
     for (int64_t l = 0; l < call_.length; ++l) {
-      const Span span = visible_span(plan_, *sequence_, l);
+      const Span span = visible_span(plan_, *item_.sequence, l);
       if (span.first <= block_.slot && block_.slot + kBlock <= span.last) continue;
       for (int64_t r = l * plan_.group; r < (l + 1) * plan_.group; ++r) {
         for (int64_t j = 0; j < kBlock; ++j) {
@@ -214,7 +234,7 @@ class ItemWorker {
   }
 
   void finish_head(int64_t g) {
-    R* total = static_cast<R*>(plan_.weights) + (slot_of_range_ * call_.kv_heads + g) * plan_.rows;
+    R* total = static_cast<R*>(plan_.weights) + (item_.range * call_.kv_heads + g) * plan_.rows;
     const R* weights = state(g).weights;
     for (int64_t r = 0; r < plan_.rows; ++r) {
       total[r] = 0;
@@ -223,7 +243,7 @@ class ItemWorker {
   }
 
   void poison() {
-    for (int64_t g = first_head_; g < last_head_; ++g) {
+    for (int64_t g = item_.first_head; g < item_.last_head; ++g) {
       std::fill_n(state(g).weights, plan_.rows * kBlock, std::numeric_limits<R>::quiet_NaN());
       finish_head(g);
     }
@@ -233,8 +253,8 @@ class ItemWorker {
   const DecodeCall& call_;
   const HeadShape shape_;
   const int64_t key_width_, tile_;
-  const DecodeSequence* sequence_ = nullptr;
-  int64_t b_ = 0, range_ = 0, slot_of_range_ = 0, first_head_ = 0, last_head_ = 0, table_ = 0;
+  Item item_, next_;
+  int64_t table_ = 0;
   Block block_ = {};
   R *queries_, *weights_, *scores_, *widened_, *combined_;
   Key *turned_, *rotated_;

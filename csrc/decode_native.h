@@ -50,6 +50,16 @@ CLEX_NATIVE void store_both(Bf16* y, __m512 first, __m512 second) {
   _mm512_store_si512(y, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
 }
 
+// the first `count` of 32 elements as they are.
+template <class T, class Key>
+CLEX_NATIVE void pass_lanes(const T* x, int64_t count, Key* y) {
+  if constexpr (std::is_same_v<T, Key> && sizeof(T) == 2) {
+    _mm512_store_si512(y, _mm512_maskz_loadu_epi16(lanes32(count), x));
+  } else {
+    store_both(y, load_lanes(x, lanes16(count)), load_lanes(x + kLanes, lanes16(count - kLanes)));
+  }
+}
+
 // sum + a b by lane, of fp32 or of pairs of bf16.
 template <class Key>
 CLEX_NATIVE __m512 dot(__m512 a, __m512 b, __m512 sum) {
@@ -96,11 +106,7 @@ CLEX_NATIVE void rotate_rows(const T* x, int64_t stride, const float* table, int
     y += 32;
   }
   for (int64_t d = 2 * pairs; d < dim; d += 32, y += 32) {
-    const __mmask16 low = lanes16(dim - d), high = lanes16(dim - d - kLanes);
-    for (int k = 0; k < kCount; ++k) {
-      const T* passed = x + k * stride + d;
-      store_both(y + k * key_width, load_lanes(passed, low), load_lanes(passed + kLanes, high));
-    }
+    for (int k = 0; k < kCount; ++k) pass_lanes(x + k * stride + d, dim - d, y + k * key_width);
   }
 }
 

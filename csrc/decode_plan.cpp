@@ -7,8 +7,10 @@
 namespace clex {
 namespace {
 
-constexpr int64_t kRangeSlots = 1024;
-constexpr int64_t kMinRanges = 8;
+// slots of a range. Starting one costs as much as four blocks of keys (2 us, Zen 4).
+constexpr int64_t kFewestSlots = 256, kMostSlots = 2048;
+// of a sequence that has the slots for them.
+constexpr int64_t kRanges = 8;
 // rows of an item that takes several KV heads: their queries and sums should stay in the L2 cache.
 constexpr int64_t kItemRows = 128;
 
@@ -34,8 +36,8 @@ DecodeSequence plan_sequence(const DecodePlan& plan, int64_t b) {
   sequence.begin = std::max(sequence.begin, sequence.end - call.length - plan.window + 1);
   const int64_t tile = plan.tile;
   const int64_t tiles = ceil_div(sequence.end, tile) - sequence.begin / tile;
-  const int64_t most = std::max<int64_t>(kRangeSlots / tile, 1);
-  sequence.range_slots = tile * std::clamp<int64_t>(ceil_div(tiles, kMinRanges), 1, most);
+  const int64_t fewest = ceil_div(kFewestSlots, tile), most = ceil_div(kMostSlots, tile);
+  sequence.range_slots = tile * std::clamp(ceil_div(tiles, kRanges), fewest, most);
   sequence.table = choose_table(call, b, length);
   sequence.scale = scale_of(call, length);
   const bool exists = sequence.table >= 0 && sequence.table < call.tables;
