@@ -13,7 +13,7 @@ struct Place {
 };
 
 std::optional<Place> place_of(const AppendCall& call, int64_t b, int64_t l) {
-  const int64_t end = call.kv_end.at(b, 0);
+  const int64_t end = call.kv_end.at(b);
   // any number may stand there, and the smallest would overflow below.
   if (end <= 0) return std::nullopt;
   const int64_t slot = end - call.length + l;

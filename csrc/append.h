@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "integers.h"
+
 namespace clex {
 
 // New rows [B, L, G, D] and a cache [B, S, G, D], or a pool of pages [pages, P, G, D]; strides in bytes over the first
@@ -15,18 +17,6 @@ struct AppendTensor {
 };
 
 struct AppendCall {
-  // int32, or int64 if `wide`; strides in elements.
-  struct Integers {
-    const void* data = nullptr;
-    bool wide = false;
-    int64_t strides[2] = {};
-
-    int64_t at(int64_t row, int64_t column) const {
-      const int64_t offset = row * strides[0] + column * strides[1];
-      return wide ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
-    }
-  };
-
   AppendTensor tensors[2];  // of keys, of values
   int64_t batch = 0, length = 0, heads = 0, row_bytes = 0;
   int64_t capacity = 0;  // slots of a sequence

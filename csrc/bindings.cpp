@@ -7,7 +7,7 @@
 namespace {
 
 PyObject* isa_name(PyObject*, PyObject*) {
-  static const char* const names[] = {"baseline", "avx2", "avx512"};
+  static const char* const names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
   return PyUnicode_FromString(names[static_cast<int>(clex::active_isa())]);
 }
 
@@ -41,8 +41,8 @@ PyObject* destroy_table_cache(PyObject*, PyObject* argument) {
 }
 
 PyMethodDef methods[] = {
-    {"isa", isa_name, METH_NOARGS, "instruction set in use: baseline, avx2 or avx512"},
-    {"set_isa", set_isa, METH_O, "use a narrower instruction set: 0, 1 or 2 (for tests)"},
+    {"isa", isa_name, METH_NOARGS, "instruction set in use: baseline, avx2, avx512 or avx512_bf16"},
+    {"set_isa", set_isa, METH_O, "use a narrower instruction set: 0 to 3 (for tests)"},
     {"has_cuda", has_cuda, METH_NOARGS, "whether the CUDA C++ kernels were built"},
     {"build_reason", build_reason, METH_NOARGS, "why CUDA C++ was or was not built"},
     {"destroy_table_cache", destroy_table_cache, METH_O, "drop the table cache of a handle"},

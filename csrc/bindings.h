@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "elements.h"
+#include "integers.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -32,6 +33,16 @@ inline Element element_of(const Tensor& x) {
 inline void set_strides(const Tensor& x, int64_t (&strides)[3]) {
   STD_TORCH_CHECK(x.size(3) <= 1 || x.stride(3) == 1 || x.numel() == 0, "clex: D must have unit stride");
   for (int i = 0; i < 3; ++i) strides[i] = x.stride(i);
+}
+
+inline Integers integers(const std::optional<Tensor>& x) {
+  Integers result;
+  if (!x) return result;
+  result.wide = x->scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(result.wide || x->scalar_type() == ScalarType::Int, "clex: expected int32 or int64");
+  result.data = x->const_data_ptr();
+  for (int64_t i = 0; i < x->dim(); ++i) result.strides[i] = x->stride(i);
+  return result;
 }
 
 // A call's factored tables coarse [T, C, 2, R] and fine [T, F, 2, R].

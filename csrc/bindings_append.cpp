@@ -20,14 +20,6 @@ clex::AppendTensor append_tensor(const Tensor& source, const Tensor& target) {
   return tensor;
 }
 
-clex::AppendCall::Integers integers(const Tensor& x) {
-  clex::AppendCall::Integers numbers;
-  numbers.data = x.const_data_ptr();
-  numbers.wide = x.scalar_type() == ScalarType::Long;
-  for (int i = 0; i < x.dim(); ++i) numbers.strides[i] = x.stride(i);
-  return numbers;
-}
-
 void append_cpu(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& kv_end,
                 const std::optional<Tensor>& block_table) {
   // an empty block table has no data, by which the call would tell it from none.
@@ -40,9 +32,9 @@ void append_cpu(const Tensor& k, const Tensor& v, const Tensor& k_cache, const T
   call.heads = k.size(2);
   call.row_bytes = k.size(3) * static_cast<int64_t>(k.element_size());
   call.capacity = k_cache.size(1);
-  call.kv_end = integers(kv_end);
+  call.kv_end = clex::integers(kv_end);
+  call.block_table = clex::integers(block_table);
   if (block_table) {
-    call.block_table = integers(*block_table);
     call.pages = k_cache.size(0);
     call.page = k_cache.size(1);
     call.capacity = block_table->size(1) * call.page;

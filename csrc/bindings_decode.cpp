@@ -7,16 +7,6 @@
 
 namespace {
 
-clex::Integers integers(const std::optional<Tensor>& x) {
-  clex::Integers result;
-  if (!x) return result;
-  result.wide = x->scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(result.wide || x->scalar_type() == ScalarType::Int, "decode: expected int32 or int64");
-  result.data = x->const_data_ptr();
-  for (int64_t i = 0; i < x->dim(); ++i) result.strides[i] = x->stride(i);
-  return result;
-}
-
 clex::Cache cache(const Tensor& x) {
   clex::Cache result;
   result.data = x.const_data_ptr();
@@ -26,9 +16,9 @@ clex::Cache cache(const Tensor& x) {
 
 // one worker for each thread that torch lends: they share out the items among themselves.
 void decode_into(const clex::DecodeCall& call) {
-  thread_local clex::Workspace workspace;
+  thread_local clex::Workspace workspaces[2];
   clex::DecodePlan plan;
-  clex::plan_decode(call, workspace, plan);
+  clex::plan_decode(call, workspaces, plan);
   torch::stable::parallel_for(0, plan.items, 1, [&](int64_t, int64_t) { clex::decode_items(plan); });
   const int64_t sums = plan.ranges * plan.rows * plan.width + 1;
   torch::stable::parallel_for(0, call.batch * call.kv_heads, 32768 / sums + 1,
@@ -55,16 +45,17 @@ std::tuple<Tensor, Tensor> decode_cpu(const Tensor& q, const Tensor& k_cache, co
   clex::set_strides(q, call.q_strides);
   call.keys = cache(k_cache);
   call.values = cache(v_cache);
-  call.kv_end = integers(kv_end);
-  call.kv_start = integers(kv_start);
-  call.lengths = integers(lengths);
+  call.kv_end = clex::integers(kv_end);
+  call.kv_start = clex::integers(kv_start);
+  call.lengths = clex::integers(lengths);
   if (block_table) {
-    call.block_table = integers(block_table);
+    call.block_table = clex::integers(block_table);
     call.pages = k_cache.size(0);
     call.page_size = k_cache.size(1);
     call.slots = block_table->size(1) * call.page_size;
   }
   clex::set_tables(coarse, fine, call);
+  STD_TORCH_CHECK(call.tile % clex::kBlock == 0 || !(rotate_q || rotate_k), "decode: expected whole blocks in fine");
   if (index) {
     call.index = index->const_data_ptr<int64_t>();
     call.index_stride = index->stride(0);

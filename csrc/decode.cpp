@@ -46,11 +46,13 @@ void merge_heads(const DecodePlan& plan, int64_t begin, int64_t end) {
   for (int64_t head = begin; head < end; ++head) {
     const int64_t b = head / call.kv_heads, g = head % call.kv_heads;
     const DecodeSequence& sequence = plan.sequences[b];
-    const bool broken = sequence.broken && sequence.begin < sequence.end;
     for (int64_t r = 0; r < plan.rows; ++r) {
       R lse = merge_row(plan, sequence.first_range, sequence.ranges, g, r, values);
-      if (broken) std::fill_n(values, plan.width, lse = std::numeric_limits<R>::quiet_NaN());
       const int64_t l = r / plan.group, h = g * plan.group + r % plan.group;
+      const Span span = visible_span(plan, sequence, l);
+      if (sequence.broken && span.first < span.last) {
+        std::fill_n(values, plan.width, lse = std::numeric_limits<R>::quiet_NaN());
+      }
       T* out = static_cast<T*>(call.out) + ((b * call.length + l) * call.heads + h) * call.dim;
       for (int64_t d = 0; d < call.dim; ++d) narrow(values[d], out[d]);
       if (call.lse) static_cast<R*>(call.lse)[(b * call.heads + h) * call.length + l] = lse;
@@ -74,7 +76,7 @@ template <class T>
 void work(DecodePlan& plan) {
 #if defined(__x86_64__)
   if constexpr (!std::is_same_v<T, double>) {
-    if (has_half_rows()) return work_by<T, NativeTiles<T>>(plan);
+    if (has_avx512_bf16()) return work_by<T, NativeTiles<T>>(plan);
   }
 #endif
   work_by<T, PortableTiles<T>>(plan);

@@ -8,20 +8,12 @@
 #include <new>
 
 #include "elements.h"
+#include "integers.h"
 
 namespace clex {
 
-// int32 or int64, strides in elements.
-struct Integers {
-  const void* data = nullptr;
-  bool wide = false;
-  int64_t strides[2] = {};
-
-  int64_t at(int64_t i, int64_t j = 0) const {
-    const int64_t offset = i * strides[0] + j * strides[1];
-    return wide ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
-  }
-};
+// keys of a block: pages and tiles hold whole blocks.
+constexpr int64_t kBlock = 16;
 
 // Keys or values [B, S, G, D], or [pages, P, G, D]; strides over B or pages, S or P, and G; unit stride in D.
 struct Cache {
@@ -67,6 +59,8 @@ class Workspace {
   std::byte* reserve(size_t bytes) {
     if (bytes > size_) {
       memory_.reset();
+      // also where there is no more.
+      size_ = 0;
       memory_.reset(static_cast<std::byte*>(::operator new(bytes, kAlignment)));
       size_ = bytes;
     }
@@ -112,19 +106,19 @@ struct DecodeSequence {
 // A call cut into items, each a range of a sequence's slots for a block of KV heads. Where it is cut depends on the
 // sequence alone, never on others, nor on threads: so its bits don't either.
 struct DecodePlan {
-  const DecodeCall* call;
-  DecodeSequence* sequences;  // [B]
-  int64_t ranges, head_block, head_blocks, items;
-  int64_t group, rows, width;  // H / G, L H / G, D in whole vectors
-  int64_t tile, window;        // F, and a window that hides nothing if there is none
-  void* sums;                  // [ranges, G, rows, width] of weighted values,
-  void* weights;               // [ranges, G, rows] of weights,
-  void* maxima;                // [ranges, G, rows] and the logits that both are relative to
-  std::atomic<int64_t> next_item;
+  const DecodeCall* call = nullptr;
+  DecodeSequence* sequences = nullptr;  // [B]
+  int64_t ranges = 0, head_block = 0, head_blocks = 0, items = 0;
+  int64_t group = 0, rows = 0, width = 0;  // H / G, L H / G, D in whole vectors
+  int64_t tile = 0, window = 0;            // F, and a window that hides nothing if there is none
+  void* sums = nullptr;                    // [ranges, G, rows, width] of weighted values,
+  void* weights = nullptr;                 // [ranges, G, rows] of weights,
+  void* maxima = nullptr;                  // [ranges, G, rows] and the logits that both are relative to
+  std::atomic<int64_t> next_item = 0;
 };
 
-// The plan's arrays lie in `workspace`.
-void plan_decode(const DecodeCall& call, Workspace& workspace, DecodePlan& plan);
+// Reads all bounds, once: whoever changes them meanwhile changes nothing here. The plan's arrays lie in the workspaces.
+void plan_decode(const DecodeCall& call, Workspace (&workspaces)[2], DecodePlan& plan);
 
 // Works on items until none are left, beside other threads that do the same.
 void decode_items(DecodePlan& plan);

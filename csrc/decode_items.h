@@ -225,7 +225,7 @@ class ItemWorker {
       values = copy_live(values, value_stride, live_values_);
     }
     const R* fine = call_.rotate_k ? fine_row(block_.slot % tile_) : nullptr;
-    const Keys<T> block{keys, key_stride, next_keys, fine, fine ? call_.fine_strides[1] : 0};
+    const KeyBlock<T> block{keys, key_stride, next_keys, fine, fine ? call_.fine_strides[1] : 0};
     Tiles::score(turned(g), plan_.rows, block, rotated_, scores_, shape_);
     if (call_.softcap != 0.0) cap(scores_, plan_.rows, static_cast<R>(call_.softcap));
     hide();

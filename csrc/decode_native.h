@@ -14,7 +14,7 @@
 
 #if defined(__x86_64__)
 
-#define CLEX_NATIVE CLEX_HALF_ROWS __attribute__((always_inline)) static inline
+#define CLEX_NATIVE CLEX_AVX512_BF16 __attribute__((always_inline)) static inline
 
 namespace clex {
 
@@ -174,9 +174,9 @@ struct Terms {
   static constexpr int64_t kKeys = 1;
   __m512 low, high;
 
-  CLEX_HALF_ROWS __attribute__((always_inline)) Terms(const T* v, int64_t, __mmask32 lanes)
+  CLEX_AVX512_BF16 __attribute__((always_inline)) Terms(const T* v, int64_t, __mmask32 lanes)
       : low(load_lanes(v, static_cast<__mmask16>(lanes))), high(load_lanes(v + kLanes, lanes >> 16)) {}
-  CLEX_HALF_ROWS __attribute__((always_inline)) void add(const float* weights, __m512& first, __m512& second) const {
+  CLEX_AVX512_BF16 __attribute__((always_inline)) void add(const float* weights, __m512& first, __m512& second) const {
     const __m512 weight = _mm512_set1_ps(*weights);
     first = _mm512_fmadd_ps(weight, low, first);
     second = _mm512_fmadd_ps(weight, high, second);
@@ -188,7 +188,7 @@ struct Terms<Bf16> {
   static constexpr int64_t kKeys = 2;
   __m512bh low, high;
 
-  CLEX_HALF_ROWS __attribute__((always_inline)) Terms(const Bf16* v, int64_t stride, __mmask32 lanes) {
+  CLEX_AVX512_BF16 __attribute__((always_inline)) Terms(const Bf16* v, int64_t stride, __mmask32 lanes) {
     const __m512i first = _mm512_maskz_loadu_epi16(lanes, v), second = _mm512_maskz_loadu_epi16(lanes, v + stride);
     // words 0, 32, 1, 33, ...: a channel of the two keys side by side.
     const __m512i words = _mm512_srli_epi32(upper_words(), 16);
@@ -197,7 +197,7 @@ struct Terms<Bf16> {
     low = reinterpret_cast<__m512bh>(_mm512_permutex2var_epi16(first, order, second));
     high = reinterpret_cast<__m512bh>(_mm512_permutex2var_epi16(first, later, second));
   }
-  CLEX_HALF_ROWS __attribute__((always_inline)) void add(const Bf16* weights, __m512& first, __m512& second) const {
+  CLEX_AVX512_BF16 __attribute__((always_inline)) void add(const Bf16* weights, __m512& first, __m512& second) const {
     const __m512bh pair = reinterpret_cast<__m512bh>(_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(weights)));
     first = _mm512_dpbf16_ps(first, low, pair);
     second = _mm512_dpbf16_ps(second, high, pair);
@@ -257,7 +257,7 @@ struct NativeTiles {
     return (shape.pairs + 15) / 16 * 32 + (shape.dim - 2 * shape.pairs + 31) / 32 * 32;
   }
 
-  CLEX_HALF_ROWS static void turn(const float* q, int64_t rows, const float* coarse, Key* turned,
+  CLEX_AVX512_BF16 static void turn(const float* q, int64_t rows, const float* coarse, Key* turned,
                                   const HeadShape& shape) {
     const int64_t width = key_width(shape);
     for (int64_t r = 0; r < rows; ++r) {
@@ -265,7 +265,7 @@ struct NativeTiles {
     }
   }
 
-  CLEX_HALF_ROWS static void score(const Key* q, int64_t rows, const Keys<T>& keys, Key* rotated, float* scores,
+  CLEX_AVX512_BF16 static void score(const Key* q, int64_t rows, const KeyBlock<T>& keys, Key* rotated, float* scores,
                                    const HeadShape& shape) {
     if (rows >= 4) return score_by<4>(q, rows, keys, rotated, scores, shape);
     if (rows >= 2) return score_by<2>(q, rows, keys, rotated, scores, shape);
@@ -273,7 +273,7 @@ struct NativeTiles {
   }
 
   // `scratch` has room for [rows, 16].
-  CLEX_HALF_ROWS static void accumulate(const T* values, int64_t stride, const T* next, const float* weights,
+  CLEX_AVX512_BF16 static void accumulate(const T* values, int64_t stride, const T* next, const float* weights,
                                         int64_t rows, float* scratch, float* sums, const HeadShape& shape) {
     const Key* w;
     if constexpr (std::is_same_v<Key, float>) {
@@ -297,7 +297,7 @@ struct NativeTiles {
  private:
   // few keys at a time are rotated and used at once, so that they don't drive the cache's out of the L1 cache.
   template <int kRows>
-  CLEX_NATIVE void score_by(const Key* q, int64_t rows, const Keys<T>& keys, Key* rotated, float* scores,
+  CLEX_NATIVE void score_by(const Key* q, int64_t rows, const KeyBlock<T>& keys, Key* rotated, float* scores,
                             const HeadShape& shape) {
     constexpr int64_t kKeys = 16 / kRows;
     const int64_t width = key_width(shape);

@@ -16,7 +16,7 @@ constexpr int64_t kItemRows = 128;
 
 int64_t choose_table(const DecodeCall& call, int64_t b, int64_t length) {
   if (call.index) return call.index[b * call.index_stride];
-  if (call.train_length) return std::clamp<int64_t>((length - 1) / call.train_length, 0, call.tables - 1);
+  if (call.train_length) return std::min((std::max<int64_t>(length, 1) - 1) / call.train_length, call.tables - 1);
   return call.tables == 1 ? 0 : b;
 }
 
@@ -28,11 +28,10 @@ double scale_of(const DecodeCall& call, int64_t length) {
 
 DecodeSequence plan_sequence(const DecodePlan& plan, int64_t b) {
   const DecodeCall& call = *plan.call;
-  const int64_t given_end = call.kv_end.at(b), given_start = call.kv_start.data ? call.kv_start.at(b) : 0;
-  const int64_t length = call.lengths.data ? call.lengths.at(b) : std::max<int64_t>(given_end - given_start, 0);
   DecodeSequence sequence;
-  sequence.end = std::clamp<int64_t>(given_end, 0, call.slots);
-  sequence.begin = std::clamp<int64_t>(given_start, 0, call.slots);
+  sequence.end = std::clamp<int64_t>(call.kv_end.at(b), 0, call.slots);
+  sequence.begin = call.kv_start.data ? std::clamp<int64_t>(call.kv_start.at(b), 0, call.slots) : 0;
+  const int64_t length = call.lengths.data ? call.lengths.at(b) : std::max<int64_t>(sequence.end - sequence.begin, 0);
   sequence.begin = std::max(sequence.begin, sequence.end - call.length - plan.window + 1);
   const int64_t tile = plan.tile;
   const int64_t tiles = ceil_div(sequence.end, tile) - sequence.begin / tile;
@@ -50,7 +49,7 @@ DecodeSequence plan_sequence(const DecodePlan& plan, int64_t b) {
 
 }  // namespace
 
-void plan_decode(const DecodeCall& call, Workspace& workspace, DecodePlan& plan) {
+void plan_decode(const DecodeCall& call, Workspace (&workspaces)[2], DecodePlan& plan) {
   plan.call = &call;
   plan.tile = call.rotate_q || call.rotate_k ? call.tile : 64;
   const int64_t most = call.slots + call.length;
@@ -63,23 +62,20 @@ void plan_decode(const DecodeCall& call, Workspace& workspace, DecodePlan& plan)
   plan.head_block = token_major ? std::clamp<int64_t>(kItemRows / plan.rows, 1, call.kv_heads) : 1;
   plan.head_blocks = ceil_div(call.kv_heads, plan.head_block);
 
-  plan.ranges = 0;
-  for (int64_t b = 0; b < call.batch; ++b) plan.ranges += plan_sequence(plan, b).ranges;
+  plan.sequences = reinterpret_cast<DecodeSequence*>(workspaces[0].reserve(call.batch * sizeof(DecodeSequence)));
+  for (int64_t b = 0; b < call.batch; plan.ranges += plan.sequences[b++].ranges) {
+    plan.sequences[b] = plan_sequence(plan, b);
+    plan.sequences[b].first_range = plan.ranges;
+  }
   const auto carve = [&](Carver carver) {
     const int64_t rows = plan.ranges * call.kv_heads * plan.rows, size = call.element == Element::fp64 ? 8 : 4;
-    plan.sequences = carver.take<DecodeSequence>(call.batch);
     plan.sums = carver.take<std::byte>(rows * plan.width * size);
     plan.weights = carver.take<std::byte>(rows * size);
     plan.maxima = carver.take<std::byte>(rows * size);
     return carver.bytes;
   };
-  carve(Carver(workspace.reserve(carve(Carver(nullptr)))));
-  for (int64_t b = 0, first = 0; b < call.batch; first += plan.sequences[b++].ranges) {
-    plan.sequences[b] = plan_sequence(plan, b);
-    plan.sequences[b].first_range = first;
-  }
+  carve(Carver(workspaces[1].reserve(carve(Carver(nullptr)))));
   plan.items = plan.ranges * plan.head_blocks;
-  plan.next_item = 0;
 }
 
 }  // namespace clex

@@ -7,14 +7,12 @@
 #include <cstring>
 #include <limits>
 
+#include "decode.h"
 #include "elements.h"
 #include "fast_math.h"
 #include "isa.h"
 
 namespace clex {
-
-// keys of a block: pages and tiles hold whole blocks.
-constexpr int64_t kBlock = 16;
 
 struct HeadShape {
   int64_t dim, pairs, width;  // D, R if keys are rotated else 0, and D in whole vectors, the rest zero
@@ -33,7 +31,7 @@ constexpr R kNothingSeen = std::numeric_limits<R>::lowest();
 
 // A block of keys [16, D] in the cache, the rows of the fine table that rotate them, and the block that comes next.
 template <class T>
-struct Keys {
+struct KeyBlock {
   const T* data;
   int64_t stride;
   const T* next;
@@ -112,7 +110,7 @@ CLEX_INLINE void score_rows(const R* q, const R* keys, int64_t width, R* scores)
 
 // scores [rows, 16] = q k'^T; `rotated` has room for [16, width].
 template <class T>
-CLEX_INLINE void score_body(const Real<T>* q, int64_t rows, const Keys<T>& keys, Real<T>* rotated, Real<T>* scores,
+CLEX_INLINE void score_body(const Real<T>* q, int64_t rows, const KeyBlock<T>& keys, Real<T>* rotated, Real<T>* scores,
                             const HeadShape& shape) {
   const int64_t width = shape.width;
   for (int64_t j = 0; j < kBlock; ++j) {
@@ -214,7 +212,7 @@ CLEX_INLINE void accumulate_body(const T* values, int64_t stride, const T* next,
 CLEX_MULTIVERSION(turn, (const T* q, int64_t rows, const T* coarse, T* turned, const HeadShape& shape),
                   (q, rows, coarse, turned, shape))
 CLEX_MULTIVERSION(score,
-                  (const Real<T>* q, int64_t rows, const Keys<T>& keys, Real<T>* rotated, Real<T>* scores,
+                  (const Real<T>* q, int64_t rows, const KeyBlock<T>& keys, Real<T>* rotated, Real<T>* scores,
                    const HeadShape& shape),
                   (q, rows, keys, rotated, scores, shape))
 CLEX_MULTIVERSION(cap, (T * scores, int64_t rows, T softcap), (scores, rows, softcap))

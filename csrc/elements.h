@@ -65,31 +65,18 @@ CLEX_INLINE void narrow(float value, Fp16& x) {
   x.bits = static_cast<uint16_t>((bits >> 16 & 0x8000u) | (magnitude > 0x7f800000u ? 0x7e00u : finite));
 }
 
-// Whether the active instruction set converts bf16 and fp16 by itself (AVX-512 with its bf16 part).
-inline bool has_half_rows() {
 #if defined(__x86_64__)
-  return active_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
-#if defined(__x86_64__)
-#define CLEX_HALF_ROWS      \
-  __attribute__((           \
-      target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")))
-
-CLEX_HALF_ROWS inline __m512 load16(const Bf16* x) {
+CLEX_AVX512_BF16 inline __m512 load16(const Bf16* x) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-CLEX_HALF_ROWS inline __m512 load16(const Fp16* x) {
+CLEX_AVX512_BF16 inline __m512 load16(const Fp16* x) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
-CLEX_HALF_ROWS inline void store16(Bf16* x, __m512 value) {
+CLEX_AVX512_BF16 inline void store16(Bf16* x, __m512 value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
 }
-CLEX_HALF_ROWS inline void store16(Fp16* x, __m512 value) {
+CLEX_AVX512_BF16 inline void store16(Fp16* x, __m512 value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
 #endif

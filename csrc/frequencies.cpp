@@ -138,6 +138,7 @@ void run_baseline(Job& job) {
 template <class Job>
 void run(Job& job) {
   switch (active_isa()) {
+    case Isa::avx512_bf16:
     case Isa::avx512: return run_avx512(job);
     case Isa::avx2: return run_avx2(job);
     case Isa::baseline: return run_baseline(job);

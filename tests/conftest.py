@@ -11,13 +11,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+ISAS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+
+
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that this processor has."""
-    names = ["baseline", "avx2", "avx512"]
-    widest = names.index(_C.isa())
-    if names.index(request.param) > widest:
+    widest = ISAS.index(_C.isa())
+    if ISAS.index(request.param) > widest:
         pytest.skip(f"this processor has no {request.param}")
-    _C.set_isa(names.index(request.param))
+    _C.set_isa(ISAS.index(request.param))
     yield request.param
     _C.set_isa(widest)

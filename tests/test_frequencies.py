@@ -160,7 +160,7 @@ def test_strided_weights_give_what_contiguous_ones_give():
 
 @pytest.mark.parametrize("level", [0, 1], ids=["baseline", "avx2"])
 def test_narrower_instruction_sets_agree(level):
-    names = ["baseline", "avx2", "avx512"]
+    names = ["baseline", "avx2", "avx512", "avx512_bf16"]
     widest = names.index(_C.isa())
     if level > widest:
         pytest.skip(f"this processor has {_C.isa()}")

@@ -324,7 +324,7 @@ def test_the_fingerprint_depends_on_order_shape_and_role():
 def test_the_fingerprint_depends_on_contents_alone():
     up, down = weights()
     expected = weights_fingerprint(up, down)
-    widest = ("baseline", "avx2", "avx512").index(_C.isa())
+    widest = ("baseline", "avx2", "avx512", "avx512_bf16").index(_C.isa())
     for level in range(widest + 1):
         _C.set_isa(level)
         assert weights_fingerprint(up.clone(), down.t().contiguous().t()) == expected
