@@ -15,7 +15,7 @@ from torch.autograd.graph import increment_version
 
 from clex_kernels.decode_checks import Cache, check_cache, check_slots
 from clex_kernels.extension import library
-from clex_kernels.rotary_checks import check_distinct, check_no_tangent, check_writable
+from clex_kernels.rotary_checks import check_apart, check_distinct, check_no_tangent, check_writable
 
 library.define(
     "append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor kv_end, Tensor? block_table) -> ()"
@@ -80,7 +80,7 @@ def append_kv(
 
     Args:
         k: [B, L, G, D], keys of the new tokens, not rotated, any strides with unit stride in D; fp32, fp16, bf16, or
-            fp64 on the CPU. Any L: a prefill is appended like one token.
+            fp64 on the CPU. Any L: a prefill is appended like one token. No part of a cache.
         v: like k.
         k_cache: [B, S, G, D] of k's dtype, any strides with unit stride in D; with a block_table [pages, P, G, D], P a
             multiple of 16. No two elements may share memory.
@@ -101,6 +101,9 @@ def append_kv(
     cache = check_cache("k", k, k_cache, v_cache, block_table)
     _check_append(cache, v)
     _check_no_gradient(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    for x in (k_cache, v_cache):
+        check_apart("k", k, x)
+        check_apart("v", v, x)
     slots = check_slots(cache, kv_end, debug=debug, written=k.shape[1])
     torch.ops.clex.append(k, v, k_cache, v_cache, slots.kv_end, block_table)
     if not torch.compiler.is_compiling():

@@ -56,8 +56,9 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Any, cu_seqlen
     check_operand("q", q, q)
     batch, _, heads, dims = q.shape
     for name, x in (("k", k), ("v", v)):
-        expected = f"[B={batch}, S, G, D={dims}]" if name == "k" else f"k's {list(k.shape)}"
         if x.dim() != 4 or x.shape[0] != batch or x.shape[3] != dims or (name == "v" and x.shape != k.shape):
+            # in compiled code a size that enters a text is a constant: only here.
+            expected = f"[B={batch}, S, G, D={dims}]" if name == "k" else f"k's {list(k.shape)}"
             raise ValueError(f"{name}: expected shape {expected}, got {list(x.shape)}")
         if x.device != q.device:
             raise ValueError(f"{name}: expected on q's device {q.device}, got {x.device}")
@@ -101,7 +102,7 @@ def check_rule(
             continue
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-        if not 0.0 < value < math.inf:
+        if not 0.0 < value <= torch.finfo(torch.promote_types(q.dtype, torch.float32)).max:
             raise ValueError(f"{name}: expected a finite number > 0, got {value}")
     if window is not None:
         if isinstance(window, bool) or not isinstance(window, (Integral, torch.SymInt)):

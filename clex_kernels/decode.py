@@ -26,6 +26,7 @@ from clex_kernels.attention_checks import ROTATED, check_rule
 from clex_kernels.attention_terms import Rule, Tables, Tokens
 from clex_kernels.decode_checks import check_cache, check_choices, check_slots, check_table
 from clex_kernels.extension import library
+from clex_kernels.rotary_checks import check_no_tangent
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 # train_length: the table of a sequence is that of t = ceil(length / train_length) among t = 1, 2, .., T.
@@ -78,6 +79,8 @@ def _decode_cuda(
         return out, lse
     if k_cache.numel() == 0 or (block_table is not None and block_table.numel() == 0):
         return out.zero_(), lse.fill_(-torch.inf)
+    # kernels read bounds as if they were dense.
+    kv_start, kv_end, lengths = (None if x is None else x.contiguous() for x in (kv_start, kv_end, lengths))
     launch_decode(
         q,
         k_cache,
@@ -129,15 +132,16 @@ def decode_attention(
     The new tokens' own keys and values are in the cache already (append_kv), and each sees those up to itself. All
     rows of a sequence share one t, also where its length crosses a boundary of t between them.
 
-    On the CPU nothing is allocated but the output; on a GPU nothing waits for the device, and a captured CUDA graph
-    stays right while kv_end, kv_start, lengths, block_table and the caches are written in place.
+    On the CPU the operator allocates nothing but its output, beside memory that a thread keeps for its next call; on a
+    GPU nothing waits for the device, and a captured CUDA graph stays right while kv_end, kv_start, lengths, block_table
+    and the caches are written in place.
 
     Args:
         q: [B, L, H, D], L from 0 to 16, with unit stride in D; fp32, fp16, bf16, or fp64 on the CPU (with an fp64
             table). D up to 256 on a GPU.
         k_cache: [B, S, G, D] of q's dtype, any strides with unit stride in D; with a block_table [pages, P, G, D], P a
             multiple of 16. Query head h reads key head h // (H / G).
-        v_cache: like k_cache.
+        v_cache: like k_cache. Infinite values also reach the call's earlier queries, as NaN.
         table: angles of all sequences at positions 0, 1, 2, ...; or a stack with a table per sequence, by its index or
             else by `lengths`, on the device (`rope.stack()` for integer t, `rope.at(lengths)` for continuous t).
         kv_end: [B] int32 or int64, end of a sequence's valid slots, new tokens included; or one int for all. Queries
@@ -160,12 +164,13 @@ def decode_attention(
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: shapes, dtypes, devices or values don't fit, or a table of sampled positions came.
-        RuntimeError: from backward().
+        RuntimeError: from backward(), or a tensor comes with a tangent.
     """
     cache = check_cache("q", q, k_cache, v_cache, block_table)
     check_choices(cache, table, rotated)
     rule = check_rule(q, scale, True, window, softcap, table)
     slots = check_slots(cache, kv_end, kv_start, lengths, debug)
+    check_no_tangent("decode_attention", q, k_cache, v_cache)
     rotates = ROTATED[rotated]
     coarse, fine, index, train_length = check_table(cache, table, slots, any(rotates), debug)
     out, lse = torch.ops.clex.decode(

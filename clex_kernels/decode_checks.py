@@ -1,5 +1,6 @@
 """Checks of what decode_attention and append_kv are given; values are looked at on the host, or under `debug`."""
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,6 @@ def check_cache(name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_ta
             raise TypeError(f"{other}: expected a tensor, got {type(x).__name__}")
     check_operand(name, q, q)
     batch, _, _, dims = q.shape
-    rows = f"[B={batch}, S" if block_table is None else "[pages, P"
     for other, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if x.dtype != q.dtype:
             raise ValueError(f"{other}: expected {name}'s dtype {q.dtype}, got {x.dtype}")
@@ -55,6 +55,8 @@ def check_cache(name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_ta
             raise ValueError(f"{other}: expected on {name}'s device {q.device}, got {x.device}")
         fits = x.dim() == 4 and x.shape[3] == dims and (block_table is not None or x.shape[0] == batch)
         if not fits or x.shape != k_cache.shape:
+            # in compiled code a size that enters a text is a constant: only here.
+            rows = f"[B={batch}, S" if block_table is None else "[pages, P"
             expected = f"{rows}, G, D={dims}]" if other == "k_cache" else f"k_cache's {list(k_cache.shape)}"
             raise ValueError(f"{other}: expected shape {expected}, got {list(x.shape)}")
         if x.stride(3) != 1 and dims > 1 and x.numel() > 0:
@@ -97,10 +99,14 @@ def check_slots(
     written: of the slots only the last so many are used.
     """
     count, capacity, device = cache.q.shape[0], cache.capacity, cache.q.device
-    if isinstance(kv_end, (int, torch.SymInt)) and not isinstance(kv_end, bool):
+    if isinstance(kv_end, (Integral, torch.SymInt)) and not isinstance(kv_end, bool):
         if not 0 <= kv_end <= capacity:
             raise ValueError(f"kv_end: expected within [0, S] = [0, {capacity}], got {kv_end}")
-        kv_end = torch.full((count,), kv_end, dtype=torch.int64, device=device)
+        kv_end = torch.full(
+            (count,), kv_end if isinstance(kv_end, torch.SymInt) else int(kv_end), dtype=torch.int64, device=device
+        )
+    elif not isinstance(kv_end, Tensor):
+        raise TypeError(f"kv_end: expected an int or a tensor, got {type(kv_end).__name__}")
     check_per_sequence("kv_end", kv_end, count, capacity, device, debug)
     for name, value, limit in (("kv_start", kv_start, capacity), ("lengths", lengths, None)):
         if value is not None:
@@ -134,7 +140,7 @@ def check_table(
     if rotates and slots.last_end is not None and slots.last_end > length:
         raise ValueError(f"table: expected positions for all keys up to kv_end = {slots.last_end}, got one of {length}")
     if picks and slots.longest is not None:
-        table.warn_past_limit(slots.longest)
+        table.warn_past_limit(slots.longest, stacklevel=4)
     return coarse, fine, index, table.train_length if picks else None
 
 
@@ -145,7 +151,9 @@ def _check_block_table(block_table: Tensor, k_cache: Tensor, batch: int) -> None
     if block_table.dim() != 2 or block_table.shape[0] != batch or block_table.device != k_cache.device:
         expected = f"shape [B={batch}, pages of a sequence] on {k_cache.device}"
         raise ValueError(f"block_table: expected {expected}, got {list(block_table.shape)} on {block_table.device}")
-    page = k_cache.shape[1]
+    pages, page = k_cache.shape[:2]
+    if pages == 0 and block_table.numel() > 0:
+        raise ValueError(f"k_cache: expected pages for block_table {list(block_table.shape)}, got none")
     if page == 0 or page % PAGE_MULTIPLE:
         raise ValueError(f"k_cache: expected pages of P slots, P a multiple of {PAGE_MULTIPLE}, got P={page}")
 

@@ -150,6 +150,21 @@ def check_distinct(names: str, first: Tensor, second: Tensor | None) -> None:
         raise ValueError(f"{names}: expected tensors that share no memory")
 
 
+def check_apart(name: str, source: Tensor, target: Tensor) -> None:
+    """That nothing read from `source` may have been written to `target` before, as far as the host can see."""
+    if not (on_host(source) and on_host(target)) or source.numel() == 0 or target.numel() == 0:
+        return
+    first, second = sorted((x.data_ptr(), _reach(x)) for x in (source, target))
+    if first[0] + first[1] > second[0]:
+        raise ValueError(f"{name}: expected memory apart from what is written to; clone() it first")
+
+
+def _reach(x: Tensor) -> int:
+    """Bytes from the first to past the last element."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (last + 1) * x.element_size()
+
+
 def check_in_place(q: Tensor, k: Tensor | None, wants_grad: bool) -> None:
     """What rotating in place asks of q and k."""
     check_distinct("q, k", q, k)

@@ -311,18 +311,18 @@ class RotaryTableStack(_Factored):
         if on_host(lengths) and lengths.numel():
             if lengths.min() < 0:
                 raise ValueError(f"lengths: expected >= 0, got {int(lengths.min())}")
-            self.warn_past_limit(int(lengths.max()))
+            self.warn_past_limit(int(lengths.max()), stacklevel=3)
         with _normal_mode():
             full = torch.div(lengths.long() - 1, self.train_length, rounding_mode="floor")
             return replace(self, index=full.clamp(0, factors - 1))
 
-    def warn_past_limit(self, length: int) -> None:
+    def warn_past_limit(self, length: int, stacklevel: int) -> None:
         """Warn if the tables, those of t = 1, 2, .., T, end before `length` tokens."""
         factors = self.freq.shape[0]
         if length > factors * self.train_length:
             warn(
                 f"lengths past {factors} * {self.train_length} tokens keep the frequencies of t = {factors}",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
 

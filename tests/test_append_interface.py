@@ -158,6 +158,15 @@ def test_gradients_are_refused_before_anything_is_written(name: str) -> None:
     assert torch.equal(step.memory, expected)
 
 
+def test_a_part_of_the_cache_is_refused() -> None:
+    k_cache, v_cache = torch.zeros(1, 9, 2, 16), torch.zeros(1, 9, 2, 16)
+    with pytest.raises(ValueError, match="k: expected memory apart"):
+        append_kv(k_cache[:, 1:], torch.ones(1, 8, 2, 16), k_cache, v_cache, 8)
+    with pytest.raises(ValueError, match="v: expected memory apart"):
+        append_kv(torch.ones(1, 8, 2, 16), v_cache[:, 1:], k_cache, v_cache, 8)
+    append_kv(k_cache[:, 1:].clone(), v_cache[:, 1:].clone(), k_cache, v_cache, 8)
+
+
 def test_a_cache_that_autograd_would_write_to_is_refused() -> None:
     step = make_step(Case(dtype=torch.float32))
     # what copy_ of a key that requires grad leaves behind.

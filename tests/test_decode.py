@@ -48,6 +48,26 @@ def test_values_keep_the_tolerance_rule(name: str, dtype: torch.dtype, isa: str)
     assert_close(run(CASES[name], inputs, dtype), CASES[name], inputs, dtype)
 
 
+# ranges of keys, which are merged, end at multiples of 256 to 2048 slots.
+RANGES = {
+    "new tokens on both sides of a boundary": Case(kv_end=(259, 515), queries=5, slots=520),
+    "a window over boundaries": Case(kv_end=(800, 700), queries=3, slots=800, rule={"window": 300}),
+    "a window that ends at a boundary": Case(kv_end=(768, 513), queries=2, slots=800, rule={"window": 256}),
+    "padding up to a boundary": Case(kv_end=(900, 530), kv_start=(256, 511), slots=900, rule={"softcap": 2.0}),
+    "long": Case(kv_end=(20_000, 4097), slots=20_000, h=2, g=1, tables=4, train_length=5000),
+    "pages": Case(kv_end=(600, 1), queries=2, page=48, h=8, head_major=True),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_ranges_merge_to_the_reference(name: str, isa: str) -> None:
+    case, inputs = RANGES[name], make_inputs(RANGES[name])
+    assert_exact(run(case, inputs, torch.float64), expected(case, inputs, torch.float64))
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = make_inputs(case, dtype)
+        assert_close(run(case, inputs, dtype), case, inputs, dtype)
+
+
 @pytest.mark.parametrize("case", EMPTY, ids=str)
 def test_nothing_gives_nothing(case: Case) -> None:
     out, lse = run(case, make_inputs(case), torch.float32)
@@ -110,13 +130,23 @@ def test_threads_change_no_bit(name: str) -> None:
 
 
 def test_bounds_that_lie_are_cut_to_the_cache() -> None:
-    case = Case(kv_end=(50, 50), kv_start=(0, 0), slots=50)
+    case = Case(kv_end=(50, 50), kv_start=(0, 0), slots=50, tables=4, train_length=20, rule={"log_base": 2.0})
     inputs = make_inputs(case)
     step = decode_cases.make_step(case, inputs, torch.float64)
     truth = torch.ops.clex.decode(*arguments(case, step))
-    lying = step._replace(kv_end=torch.tensor([99, 2**40]), kv_start=torch.tensor([-3, -(2**40)]))
+    lying = step._replace(kv_end=torch.tensor([99, 2**63 - 1]), kv_start=torch.tensor([-3, -(2**63)]))
     for x, y in zip(torch.ops.clex.decode(*arguments(case, lying)), truth, strict=True):
         assert torch.equal(x, y)
+
+
+def test_rows_that_see_nothing_give_zero_even_where_there_is_no_table() -> None:
+    case = Case(kv_end=(70, 40), kv_start=(69, 39), queries=3)
+    step = decode_cases.make_step(case, make_inputs(case), torch.float32)
+    out, lse = torch.ops.clex.decode(*arguments(case, step._replace(coarse=step.coarse[:, :1])))
+    assert out[0, 2].isnan().all()
+    assert (out[0, :2] == 0).all()
+    assert (lse[0, :, :2] == -torch.inf).all()
+    assert out[1].isfinite().all()
 
 
 @pytest.mark.parametrize("what", ["page past the pool", "negative page", "index past the stack", "rows past the table"])

@@ -3,11 +3,12 @@
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from clex_kernels import RotaryTable, RotaryTableStack, decode_attention
+from clex_kernels import RotaryTable, RotaryTableStack, append_kv, attention, decode_attention
 
 B, L, S, H, G, D, R, P = 2, 1, 96, 4, 2, 16, 8, 32
 
@@ -63,7 +64,7 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "strides of v": (ValueError, "v_cache: expected unit stride in D", {"v_cache": strided(torch.ones(B, S, G, D))}),
     "heads that do not group": (ValueError, "q: expected H to be a multiple of G=2", {"q": torch.ones(B, L, 3, D)}),
     "many tokens": (ValueError, "q: expected L of at most 16 new tokens, got 17", {"q": torch.ones(B, 17, H, D)}),
-    "kv_end of another kind": (TypeError, "kv_end: expected a torch.int32 or torch.int64", {"kv_end": None}),
+    "kv_end of another kind": (TypeError, "kv_end: expected an int or a tensor, got NoneType", {"kv_end": None}),
     "kv_end as a bool": (TypeError, "kv_end", {"kv_end": True}),
     "kv_end of floats": (TypeError, "kv_end: expected a torch.int32", {"kv_end": torch.tensor([1.0, 2.0])}),
     "kv_end of another size": (ValueError, r"kv_end: expected shape \[B=2\]", {"kv_end": torch.tensor([1])}),
@@ -94,6 +95,7 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     ),
     "no scale": (ValueError, "scale: expected a finite number > 0, got 0", {"scale": 0.0}),
     "no window": (ValueError, "window: expected at least 1 token", {"window": 0}),
+    "a scale past fp32": (ValueError, "scale: expected a finite number > 0, got 1e[+]39", {"scale": 1e39}),
     "no cap": (ValueError, "softcap: expected a finite number > 0, got -1", {"softcap": -1.0}),
     "rotated by another name": (ValueError, "rotated: expected one of 'none', 'q', 'k', 'qk'", {"rotated": "v"}),
 }
@@ -107,6 +109,11 @@ WRONG_PAGES: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         {"block_table": torch.tensor([[0, 1, 2], [3, 6, 9]])},
     ),
     "a negative page": (ValueError, r"got -1 at \[0, 2\]", {"block_table": torch.tensor([[0, 1, -1], [3, 4, 5]])}),
+    "no pages": (
+        ValueError,
+        r"k_cache: expected pages for block_table \[2, 3\], got none",
+        {name: torch.ones(0, P, G, D) for name in ("k_cache", "v_cache")},
+    ),
     "small pages": (
         ValueError,
         "k_cache: expected pages of P slots, P a multiple of 16, got P=8",
@@ -145,7 +152,9 @@ def test_pages_that_nobody_reads_may_be_anything() -> None:
 
 def test_one_kv_end_is_that_of_all() -> None:
     both = {"kv_end": torch.tensor([77, 77], dtype=torch.int32)}
-    assert torch.equal(decode_attention(**good() | {"kv_end": 77}), decode_attention(**good() | both))
+    truth = decode_attention(**good() | both)
+    for one in (77, np.int64(77)):
+        assert torch.equal(decode_attention(**good() | {"kv_end": one}), truth)
 
 
 def test_an_empty_sequence_gives_zero() -> None:
@@ -167,8 +176,9 @@ def test_a_stack_is_chosen_from_by_length_as_select_does() -> None:
 
 def test_lengths_past_the_last_table_warn() -> None:
     stack = make_stack(2, train_length=24)
-    with pytest.warns(UserWarning, match=r"lengths past 2 \* 24 tokens"):
+    with pytest.warns(UserWarning, match=r"lengths past 2 \* 24 tokens") as record:
         decode_attention(**good() | {"table": stack})
+    assert record[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decode_attention(**good() | {"table": stack, "lengths": torch.tensor([48, 1])})
@@ -186,7 +196,7 @@ def test_log_scale_comes_with_the_table() -> None:
 def test_rotated_caches_need_no_rows() -> None:
     short = RotaryTable.from_frequencies(frequencies(), length=64)
     out = decode_attention(**good() | {"table": short}, rotated="qk")
-    assert out.isfinite().all()
+    assert torch.equal(out, decode_attention(**good(), rotated="qk"))
 
 
 def test_strides_change_nothing() -> None:
@@ -197,4 +207,31 @@ def test_strides_change_nothing() -> None:
     wide = {"q": torch.cat((given["q"], given["q"]), dim=3)[..., :D]}
     ends = {"kv_end": torch.stack((given["kv_end"], given["kv_end"]), dim=1)[:, 0]}
     for changes in (heads_first, views, wide, ends):
-        torch.testing.assert_close(decode_attention(**given | changes), decode_attention(**given), rtol=0.0, atol=1e-6)
+        assert torch.equal(decode_attention(**given | changes), decode_attention(**given))
+
+
+def test_forward_mode_is_refused() -> None:
+    given = good()
+    for name in ("q", "k_cache", "v_cache"):
+        with pytest.raises(RuntimeError, match="decode_attention: has no forward-mode derivatives"):
+            torch.func.jvp(
+                lambda x, name=name: decode_attention(**given | {name: x}),
+                (given[name],),
+                (torch.ones_like(given[name]),),
+            )
+
+
+def test_compiled_code_serves_any_batch() -> None:
+    compiled = torch.compile(decode_attention, backend="eager", fullgraph=True, dynamic=True)
+    append = torch.compile(append_kv, backend="eager", fullgraph=True, dynamic=True)
+    attend = torch.compile(attention, backend="eager", fullgraph=True, dynamic=True)
+    table = good()["table"]
+    before = torch._dynamo.utils.counters["frames"]["ok"]
+    for batch in range(2, 14):
+        q, k, v = torch.randn(batch, 1, H, D), torch.randn(batch, S, G, D), torch.randn(batch, S, G, D)
+        ends = torch.full((batch,), 50)
+        assert torch.equal(compiled(q, k, v, table, ends), decode_attention(q, k, v, table, ends))
+        append(k[:, :1].clone(), v[:, :1].clone(), k, v, ends)
+        attend(q, k, v, table, is_causal=True)
+    # one of each, and perhaps a second when sizes turn out to vary.
+    assert torch._dynamo.utils.counters["frames"]["ok"] - before <= 6

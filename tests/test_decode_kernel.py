@@ -104,6 +104,24 @@ def test_any_number_of_ranges_gives_the_same_values(splits: int, monkeypatch: py
     assert_exact(run(case, made(case, torch.float64), device), expected(case, make_inputs(case), torch.float64))
 
 
+def test_bounds_may_have_any_stride(device: str) -> None:
+    case = Case(kv_end=(150, 37), kv_start=(20, 3), tables=4, train_length=32, lengths=(100, 30))
+    step = made(case, torch.float64)
+    expected_out = run(case, step, device)
+    bounds = {
+        name: torch.stack((x, x - 9), dim=1)[:, 0]
+        for name in ("kv_end", "kv_start", "lengths")
+        for x in [getattr(step, name)]
+    }
+    for x, y in zip(run(case, step._replace(**bounds), device), expected_out, strict=True):
+        assert torch.equal(x, y)
+    same = case._replace(kv_end=(37, 37), kv_start=None, lengths=None)
+    step = made(same, torch.float64)
+    expected_out = run(same, step, device)
+    for x, y in zip(run(same, step._replace(kv_end=step.kv_end[:1].expand(2)), device), expected_out, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_there_are_always_programs_for_all_ranges() -> None:
     for splits in (1, 3, 16):
         for capacity in range(0, 3000, 7):
