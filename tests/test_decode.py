@@ -238,6 +238,8 @@ def reference_frequencies(rope: ClexRotaryEmbedding, t: float) -> Tensor:
 PREFILLS = {
     "plain": {},
     "window": {"window": 30},
+    "window of one": {"window": 1},
+    "window of a page and a token": {"window": 17},
     "softcap": {"softcap": 2.0},
     "left padding": {"kv_start": torch.tensor([4, 60])},
     "sequences by length": {"lengths": torch.tensor([20, 60])},
@@ -245,10 +247,11 @@ PREFILLS = {
 
 
 @pytest.mark.parametrize("page", [None, 16, 48, 256])
-@dtypes
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("name", PREFILLS)
 def test_decode_is_the_last_rows_of_prefill(name: str, dtype: torch.dtype, page: int | None) -> None:
     rope, ends = small_rope(), torch.tensor([63, 61])
+    rope = rope.double() if dtype == torch.float64 else rope
     case = Case(kv_end=(63, 61), slots=64, page=page)
     inputs = make_inputs(case)
     step = decode_cases.make_step(case, inputs, dtype)
