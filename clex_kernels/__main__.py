@@ -23,7 +23,7 @@ def describe_cuda() -> str:
 def describe_triton() -> str:
     """The Triton version, or that it is missing."""
     if importlib.util.find_spec("triton") is None:
-        return "absent: rotary and attention on a GPU need it (pip install triton)"
+        return "absent: rotary, attention and decoding on a GPU need it (pip install triton)"
     import triton
 
     return triton.__version__
@@ -39,10 +39,10 @@ def report() -> str:
         ("instruction set", extension.isa()),
         ("GPU", describe_cuda()),
         ("triton", describe_triton()),
-        ("CPU backend", "frequencies, tables, rotary: C++; attention: C++ rotary and torch's attention"),
+        ("CPU backend", "frequencies, tables, rotary, decoding: C++; attention: C++ rotary and torch's attention"),
         (
             "GPU backend",
-            "rotary, attention: Triton; frequencies, tables: "
+            "rotary, attention, decoding: Triton; frequencies, tables: "
             + ("CUDA C++" if extension.has_cuda() else "solved on the CPU and copied; torch fp64 on the device"),
         ),
     ]
