@@ -23,3 +23,25 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_isa(ISAS.index(request.param))
     yield request.param
     _C.set_isa(widest)
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[str]:
+    """A GPU if there is one, else the CPU under Triton's interpreter."""
+    pytest.importorskip("triton")
+    from interpreter import interpreted
+
+    if torch.cuda.is_available():
+        yield "cuda"
+    else:
+        with interpreted():
+            yield "cpu"
+
+
+@pytest.fixture(scope="module")
+def poisoned_memory() -> Iterator[None]:
+    """Memory that is not initialised holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)

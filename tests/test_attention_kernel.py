@@ -1,7 +1,6 @@
 """The Triton kernels of attention, by way of their operators' functions, against autograd through the reference."""
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,11 +13,11 @@ from torch.utils._pytree import tree_map_only
 
 pytest.importorskip("triton")
 
-from interpreter import interpreted
-
 from clex_kernels.attention import _attention_bwd_cuda, _attention_cuda
 from clex_kernels.attention_terms import Rule, Tables, Tokens
 from clex_kernels.kernels import attention_bwd, attention_fwd, attention_launch
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def forward(
@@ -53,25 +52,6 @@ TILED = {
 ALL = CASES | TILED
 FEW = ["several tiles of both", "packed with windows", "softcap over padding", "tables by index", "D 96, NeoX-20B"]
 FEW += ["gradient through lse", "log-n clamped by lengths", "D 256", "one key head, few channels rotated"]
-
-
-@pytest.fixture(scope="module")
-def device() -> Iterator[str]:
-    """A GPU if there is one, else the CPU under the interpreter."""
-    if torch.cuda.is_available():
-        yield "cuda"
-    else:
-        with interpreted():
-            yield "cpu"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Memory that is not initialised holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def run(case: Case, inputs: Inputs, dtype: torch.dtype, device: str, **settings: Any) -> list[Tensor]:

@@ -12,17 +12,10 @@ from torch import Tensor
 from clex_kernels import ClexConfig, ClexRotaryEmbedding, attention, decode_attention, reference
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poisoned():
-    """Memory that is not initialised holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def run(case: Case, inputs: Inputs, dtype: torch.dtype, ints: torch.dtype = torch.int64) -> list[Tensor]:

@@ -1,7 +1,6 @@
 """The Triton kernels of decoding, by way of the operator's function, against the reference."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import decode_cases
@@ -12,11 +11,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from interpreter import interpreted
-
 from clex_kernels.attention_terms import Tables, Tokens
 from clex_kernels.decode import _decode_cuda
 from clex_kernels.kernels import decode, decode_combine
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # beyond the CPU's cases, what rows, tiles and ranges make special.
 TILED = {
@@ -33,25 +32,6 @@ TILED = {
 ALL = CASES | TILED
 FEW = ["more rows than a block", "pages of 48", "softcap and window", "tables by length", "D 96, NeoX-20B", "D 256"]
 FEW += ["many ranges", "only q", "only k", "nothing rotated"]
-
-
-@pytest.fixture(scope="module")
-def device() -> Iterator[str]:
-    """A GPU if there is one, else the CPU under the interpreter."""
-    if torch.cuda.is_available():
-        yield "cuda"
-    else:
-        with interpreted():
-            yield "cpu"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Memory that is not initialised holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def run(case: Case, step: Step, device: str, **settings: Any) -> list[Tensor]:

@@ -6,7 +6,6 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from interpreter import interpreted
 from tolerance import assert_within_rule
 
 from clex_kernels import reference
@@ -39,16 +38,6 @@ SHAPES = [
     # more heads than a block takes.
     Shape(1, SHORT_LENGTH + 1, 11, 9, 128, 64),
 ]
-
-
-@pytest.fixture(scope="module")
-def device():
-    """A GPU if there is one, else the CPU under the interpreter."""
-    if torch.cuda.is_available():
-        yield torch.device("cuda")
-    else:
-        with interpreted():
-            yield torch.device("cpu")
 
 
 class Inputs(NamedTuple):
