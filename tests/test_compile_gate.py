@@ -8,7 +8,7 @@ from compile_gate import TARGETS, TRITON, Counts, find_nvdisasm, gate, innermost
 from gate_cases import CASES, launch_decode, meta  # noqa: E402
 
 from clex_kernels.attention_terms import Rule, Tables, Tokens  # noqa: E402
-from clex_kernels.kernels import attention_bwd, attention_fwd, decode_combine, rotary  # noqa: E402
+from clex_kernels.kernels import append, attention_bwd, attention_fwd, decode_combine, rotary  # noqa: E402
 
 SASS = """
         /*0000*/                   LDL R1, [R2] ;
@@ -133,6 +133,16 @@ def test_another_length_capacity_or_window_of_decoding_compiles_nothing_new() ->
             for length, capacity, window in ((1, 4096, 16), (2, 64 * 77, 1), (4, 65536, 99), (3, 64, 2**40)):
                 launch_decode(length=length, capacity=capacity, rule=Rule(0.1, window=window), page=page)
         assert len({kernel.hash for kernel, _ in compiled}) == 2
+
+
+def test_another_length_or_page_table_of_appending_compiles_nothing_new() -> None:
+    k = meta(2, 64, 8, 128, dtype=torch.bfloat16)
+    with compile_gate.compiling("sm_90") as compiled:
+        for length, pages, columns in ((1, 64, 8), (3, 77, 5), (16, 4096, 1), (7, 128, 64)):
+            pool = meta(pages, 16, 8, 128, dtype=torch.bfloat16)
+            block_table, kv_end = meta(2, columns, dtype=torch.int32), meta(2, dtype=torch.int64)
+            append.launch_append(k[:, :length], k[:, :length], pool, pool, kv_end, block_table)
+    assert len({kernel.hash for kernel, _ in compiled}) == 1
 
 
 def test_another_length_or_offset_compiles_nothing_new() -> None:

@@ -14,7 +14,7 @@ from clex_kernels.kernels.common import strides
 
 
 # a value that changes from call to call must not choose among compiled kernels.
-@triton.jit(do_not_specialize=["L", "capacity", "pages"])
+@triton.jit(do_not_specialize=["L", "capacity", "pages", "row_stride", "page_stride"])
 def append_kernel(
     k_ptr,
     v_ptr,
@@ -26,10 +26,11 @@ def append_kernel(
     G,
     capacity,
     pages,
+    row_stride,
+    page_stride,
     k_strides,
     v_strides,
     kv_end_strides,
-    block_table_strides,
     k_cache_strides,
     v_cache_strides,
     D: tl.constexpr,
@@ -51,7 +52,7 @@ def append_kernel(
         # unsigned division is a shift where P is a power of two.
         columns = (slots.to(tl.uint64) // P).to(tl.int64)
         rows = (slots.to(tl.uint64) % P).to(tl.int64)
-        block_table_ptrs = block_table_ptr + b * block_table_strides[0] + columns * block_table_strides[1]
+        block_table_ptrs = block_table_ptr + b * row_stride + columns * page_stride
         blocks = tl.load(block_table_ptrs, mask=mask_l, other=-1).to(tl.int64)
         mask_l &= (blocks >= 0) & (blocks < pages)
 
@@ -115,8 +116,8 @@ def launch_append(
         append_kernel[k.shape[0] * triton.cdiv(k.shape[1], config["BLOCK_L"]),](
             *(k, v, kv_end, block_table, k_cache, v_cache),
             *(k.shape[1], k.shape[2], slots if block_table is None else block_table.shape[1] * slots),
-            *(k_cache.shape[0], strides(k, 3), strides(v, 3), strides(kv_end, 1), strides(block_table, 2)),
-            *(strides(k_cache, 3), strides(v_cache, 3)),
+            *(k_cache.shape[0], *strides(block_table, 2)),
+            *(strides(k, 3), strides(v, 3), strides(kv_end, 1), strides(k_cache, 3), strides(v_cache, 3)),
             P=1 if block_table is None else slots,
             **config,
         )
