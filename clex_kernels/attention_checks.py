@@ -163,7 +163,7 @@ def check_table(
 ) -> tuple[Tensor, Tables]:
     """freq [T, R] and the tables, once every token that is rotated here is found to have a row."""
     q, k = operands.q, operands.k
-    freq, coarse, fine, positions, index = stacked(q, table, operands.sequences, debug)
+    freq, coarse, fine, positions, index = stacked(q, q.shape[3], table, operands.sequences, debug)
     rotate_q, rotate_k = ROTATED[rotated]
     length = coarse.shape[1] * fine.shape[1]
     bounds = (tokens.cu_seqlens_q, tokens.cu_seqlens_k, tokens.kv_end, tokens.q_offsets, tokens.k_offsets)

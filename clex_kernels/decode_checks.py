@@ -135,7 +135,9 @@ def check_table(
     if table.tile != TILE:
         raise ValueError(f"table: expected F = {TILE} rows in fine, as from_frequencies makes, got {table.tile}")
     picks = isinstance(table, RotaryTableStack) and table.index is None and table.train_length is not None
-    _, coarse, fine, _, index = stacked(cache.q, table, cache.q.shape[0], debug, picks_by_length=picks)
+    _, coarse, fine, _, index = stacked(
+        cache.q, cache.q.shape[3], table, cache.q.shape[0], debug, picks_by_length=picks
+    )
     length = coarse.shape[1] * TILE
     if rotates and slots.last_end is not None and slots.last_end > length:
         raise ValueError(f"table: expected positions for all keys up to kv_end = {slots.last_end}, got one of {length}")

@@ -53,6 +53,10 @@ library.define(
     "rotary_bwd_(Tensor(a!) dq, Tensor(b!)? dk, Tensor? q_out, Tensor? k_out, Tensor coarse, Tensor fine, "
     "Tensor? positions, Tensor? index, Tensor? position_ids, SymInt offset) -> Tensor"
 )
+library.define(
+    "rotary_bwd_out(Tensor dq_out, Tensor? dk_out, Tensor(a!) dq, Tensor(b!)? dk, Tensor? q_out, Tensor? k_out, "
+    "Tensor coarse, Tensor fine, Tensor? positions, Tensor? index, Tensor? position_ids, SymInt offset) -> Tensor"
+)
 
 
 def _fresh_like(x: Tensor) -> Tensor:
@@ -83,6 +87,12 @@ def _rotary_bwd_in_place_fake(
     return dq.new_empty(size, dtype=torch.float64)
 
 
+def _rotary_bwd_out_fake(
+    dq_out: Tensor, dk_out: Tensor | None, dq: Tensor, dk: Tensor | None, *saved_and_tables: Any
+) -> Tensor:
+    return _rotary_bwd_in_place_fake(dq, dk, *saved_and_tables)
+
+
 def _writing_fake(*arguments: Any) -> None:
     return None
 
@@ -92,6 +102,7 @@ torch.library.register_fake("clex::rotary_", _writing_fake, lib=library)
 torch.library.register_fake("clex::rotary_out", _writing_fake, lib=library)
 torch.library.register_fake("clex::rotary_bwd", _rotary_bwd_fake, lib=library)
 torch.library.register_fake("clex::rotary_bwd_", _rotary_bwd_in_place_fake, lib=library)
+torch.library.register_fake("clex::rotary_bwd_out", _rotary_bwd_out_fake, lib=library)
 
 
 def _rotary_out_cuda(
@@ -134,7 +145,7 @@ def sum_per_table(per_sequence: Tensor, index: Tensor | None, tables: int) -> Te
     return torch.where(chosen, per_sequence, 0.0).sum(dim=1)
 
 
-def _rotary_bwd_cuda_into(
+def _rotary_bwd_out_cuda(
     dq_out: Tensor,
     dk_out: Tensor | None,
     dq: Tensor,
@@ -163,11 +174,11 @@ def _rotary_bwd_cuda_into(
 
 def _rotary_bwd_cuda(dq_out: Tensor, dk_out: Tensor | None, *saved: Any) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk = _empty_outputs(dq_out, dk_out)
-    return dq, dk, _rotary_bwd_cuda_into(dq_out, dk_out, dq, None if dk_out is None else dk, *saved)
+    return dq, dk, _rotary_bwd_out_cuda(dq_out, dk_out, dq, None if dk_out is None else dk, *saved)
 
 
 def _rotary_bwd_in_place_cuda(dq: Tensor, dk: Tensor | None, *saved: Any) -> Tensor:
-    return _rotary_bwd_cuda_into(dq, dk, dq, dk, *saved)
+    return _rotary_bwd_out_cuda(dq, dk, dq, dk, *saved)
 
 
 library.impl("rotary", _rotary_cuda, "CUDA")
@@ -175,6 +186,7 @@ library.impl("rotary_", _rotary_in_place_cuda, "CUDA")
 library.impl("rotary_out", _rotary_out_cuda, "CUDA")
 library.impl("rotary_bwd", _rotary_bwd_cuda, "CUDA")
 library.impl("rotary_bwd_", _rotary_bwd_in_place_cuda, "CUDA")
+library.impl("rotary_bwd_out", _rotary_bwd_out_cuda, "CUDA")
 
 
 def _gradients(
@@ -342,7 +354,7 @@ def apply_rotary(
     check_operand("q", q, q)
     if k is not None:
         check_operand("k", k, q)
-    freq, coarse, fine, positions, index = stacked(q, table, q.shape[0], debug)
+    freq, coarse, fine, positions, index = stacked(q, q.shape[3], table, q.shape[0], debug)
     check_positions(q, coarse.shape[1] * fine.shape[1], position_ids, offset, debug)
     check_no_tangent("apply_rotary", q, k, freq)
     wants_grad = torch.is_grad_enabled() and (

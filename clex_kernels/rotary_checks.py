@@ -46,13 +46,21 @@ def check_kind(table: RotaryTable | RotaryTableStack) -> None:
 
 
 def stacked(
-    q: Tensor, table: RotaryTable | RotaryTableStack, sequences: int, debug: bool, picks_by_length: bool = False
+    q: Tensor,
+    dims: int,
+    table: RotaryTable | RotaryTableStack,
+    sequences: int,
+    debug: bool,
+    picks_by_length: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """freq, coarse, fine and positions with a leading T, and the index of each sequence, unless lengths pick it."""
+    """freq, coarse, fine and positions with a leading T, and the index of each sequence, unless lengths pick it.
+
+    q has the dtype and the device of what is rotated, heads of D = dims.
+    """
     check_kind(table)
     rotary_dim = 2 * table.coarse.shape[-1]
-    if rotary_dim > q.shape[3]:
-        raise ValueError(f"table: expected a rotary dimension 2R of at most D={q.shape[3]}, got {rotary_dim}")
+    if rotary_dim > dims:
+        raise ValueError(f"table: expected a rotary dimension 2R of at most D={dims}, got {rotary_dim}")
     wanted = torch.float64 if q.dtype == torch.float64 else torch.float32
     if table.coarse.dtype != wanted:
         raise TypeError(f"table: expected dtype {wanted} for q of {q.dtype}, got {table.coarse.dtype}")

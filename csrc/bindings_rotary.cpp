@@ -86,11 +86,11 @@ std::tuple<Tensor, Tensor> rotary_cpu(const Tensor& q, const std::optional<Tenso
 }
 
 // Writes dq and dk, which may be dq_out and dk_out; returns dfreq.
-Tensor rotary_bwd_into(const Tensor& dq_out, const std::optional<Tensor>& dk_out, const Tensor& dq,
-                       const std::optional<Tensor>& dk, const std::optional<Tensor>& q_out,
-                       const std::optional<Tensor>& k_out, const Tensor& coarse, const Tensor& fine,
-                       const std::optional<Tensor>& positions, const std::optional<Tensor>& index,
-                       const std::optional<Tensor>& position_ids, int64_t offset) {
+Tensor rotary_bwd_out_cpu(const Tensor& dq_out, const std::optional<Tensor>& dk_out, const Tensor& dq,
+                          const std::optional<Tensor>& dk, const std::optional<Tensor>& q_out,
+                          const std::optional<Tensor>& k_out, const Tensor& coarse, const Tensor& fine,
+                          const std::optional<Tensor>& positions, const std::optional<Tensor>& index,
+                          const std::optional<Tensor>& position_ids, int64_t offset) {
   clex::RotaryCall call = rotary_call(dq_out, coarse, fine, positions, index, position_ids, offset);
   call.conjugate = true;
   call.tensors[0] = rotary_tensor(dq_out, dq);
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> rotary_bwd_cpu(const Tensor& dq_out, const st
                                                   const std::optional<Tensor>& position_ids, int64_t offset) {
   Tensor dq = fresh_like(dq_out);
   Tensor dk = dk_out ? fresh_like(*dk_out) : torch::stable::new_empty(dq_out, {0});
-  Tensor dfreq = rotary_bwd_into(dq_out, dk_out, dq, dk, q_out, k_out, coarse, fine, positions, index, position_ids,
+  Tensor dfreq = rotary_bwd_out_cpu(dq_out, dk_out, dq, dk, q_out, k_out, coarse, fine, positions, index, position_ids,
                                  offset);
   return {dq, dk, dfreq};
 }
@@ -132,7 +132,7 @@ Tensor rotary_bwd_in_place_cpu(const Tensor& dq, const std::optional<Tensor>& dk
                                const std::optional<Tensor>& k_out, const Tensor& coarse, const Tensor& fine,
                                const std::optional<Tensor>& positions, const std::optional<Tensor>& index,
                                const std::optional<Tensor>& position_ids, int64_t offset) {
-  return rotary_bwd_into(dq, dk, dq, dk, q_out, k_out, coarse, fine, positions, index, position_ids, offset);
+  return rotary_bwd_out_cpu(dq, dk, dq, dk, q_out, k_out, coarse, fine, positions, index, position_ids, offset);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clex, CPU, m) {
@@ -141,6 +141,7 @@ STABLE_TORCH_LIBRARY_IMPL(clex, CPU, m) {
   m.impl("rotary_out", TORCH_BOX(&rotary_out_cpu));
   m.impl("rotary_bwd", TORCH_BOX(&rotary_bwd_cpu));
   m.impl("rotary_bwd_", TORCH_BOX(&rotary_bwd_in_place_cpu));
+  m.impl("rotary_bwd_out", TORCH_BOX(&rotary_bwd_out_cpu));
 }
 
 }  // namespace

@@ -68,6 +68,20 @@ def test_the_backward_in_place_gives_the_same_bits() -> None:
         assert torch.equal(x, y)
 
 
+def test_the_backward_into_given_memory_gives_the_same_bits() -> None:
+    arguments = opcheck_arguments()["rotary_bwd"]
+    *expected, dfreq = torch.ops.clex.rotary_bwd(*arguments)
+    # parts of one buffer, with other things between and behind them.
+    buffer = torch.full((B, L, H + G + 1, D + 3), torch.nan)
+    into = [part[..., :D] for part in buffer.split((H, G, 1), dim=2)][:2]
+    found = torch.ops.clex.rotary_bwd_out(*arguments[:2], *into, *arguments[2:])
+    assert torch.equal(found, dfreq)
+    for x, y in zip(into, expected, strict=True):
+        assert torch.equal(x, y)
+    assert buffer[..., D:].isnan().all()
+    assert buffer[:, :, -1].isnan().all()
+
+
 def test_the_operator_undoes_itself_by_the_conjugate() -> None:
     q, k = inputs(torch.float64)
     table = make_table(dtype=torch.float64)
@@ -232,18 +246,28 @@ def opcheck_arguments() -> dict[str, tuple[Any, ...]]:
         "rotary_out": (q, k, *tables, *where, False, torch.empty_like(q), torch.empty_like(k)),
         "rotary_bwd": (q, k, q, k, *tables, positions, *where),
         "rotary_bwd_": (q.clone(), k.clone(), q, k, *tables, positions, *where),
+        "rotary_bwd_out": (q, k, torch.empty_like(q), torch.empty_like(k), q, k, *tables, positions, *where),
     }
 
 
-@pytest.mark.parametrize("name", ["rotary", "rotary_", "rotary_out", "rotary_bwd", "rotary_bwd_"])
+# and which of its arguments go with k and with dfreq.
+OPERATORS = {
+    "rotary": [1],
+    "rotary_": [1],
+    "rotary_out": [1, 9],
+    "rotary_bwd": [1, 2, 3],
+    "rotary_bwd_": [1, 2, 3],
+    "rotary_bwd_out": [1, 3, 4, 5],
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str) -> None:
     operator = getattr(torch.ops.clex, name).default
     arguments = opcheck_arguments()[name]
     torch.library.opcheck(operator, arguments)
     # without k, and for the backward without dfreq.
-    absent = {"rotary": [1], "rotary_": [1], "rotary_out": [1, 9], "rotary_bwd": [1, 2, 3], "rotary_bwd_": [1, 2, 3]}[
-        name
-    ]
+    absent = OPERATORS[name]
     torch.library.opcheck(operator, tuple(None if i in absent else x for i, x in enumerate(arguments)))
 
 
