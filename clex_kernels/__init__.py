@@ -8,6 +8,8 @@ from clex_kernels.config import ClexConfig
 from clex_kernels.decode import decode_attention
 from clex_kernels.frequencies import solve_frequencies
 from clex_kernels.modules import ClexAttention, ClexRotaryEmbedding
+from clex_kernels.packing import pack_qkv, unpack_qkv
+from clex_kernels.qkv_rotary import qkv_rotary
 from clex_kernels.rotary import apply_rotary
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
@@ -26,5 +28,8 @@ __all__ = [
     "apply_rotary",
     "attention",
     "decode_attention",
+    "pack_qkv",
+    "qkv_rotary",
     "solve_frequencies",
+    "unpack_qkv",
 ]

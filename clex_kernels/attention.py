@@ -33,6 +33,7 @@ from clex_kernels.attention_checks import (
 )
 from clex_kernels.attention_engines import choose_engine, sdpa, sdpa_refusal
 from clex_kernels.attention_terms import Rule, Tables, Tokens
+from clex_kernels.autocast import autocast
 from clex_kernels.extension import library
 from clex_kernels.rotary import sum_per_table
 from clex_kernels.rotary_checks import check_no_tangent
@@ -240,18 +241,6 @@ def _select(
     return table.select(lengths)
 
 
-def _autocast(*operands: Tensor) -> tuple[Tensor, ...]:
-    """As torch's own attention under autocast: fp32 becomes autocast's dtype."""
-    device = operands[0].device.type if isinstance(operands[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return operands
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in operands
-    )
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -322,7 +311,7 @@ def attention(
     """
     check_unsupported(attn_mask, dropout_p, interleaved)
     is_flat = isinstance(q, Tensor) and q.dim() == 3
-    operands = check_operands(*_autocast(q, k, v), cu_seqlens_q, cu_seqlens_k)
+    operands = check_operands(*autocast(q, k, v), cu_seqlens_q, cu_seqlens_k)
     tokens = check_tokens(operands, cu_seqlens_q, cu_seqlens_k, kv_start, kv_end, q_offset, k_offset, lengths, debug)
     check_choices(table, rotated, backend, operands.q)
     table = _select(table, operands, tokens)

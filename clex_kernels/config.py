@@ -198,3 +198,18 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     # 1 == True: the type decides as well.
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_config(config: Any) -> None:
+    """Raises TypeError unless `config` is a ClexConfig."""
+    if not isinstance(config, ClexConfig):
+        raise TypeError(f"config: expected a ClexConfig, got {type(config).__name__}")
+
+
+def check_integer(name: str, value: Any, least: int = 0, most: int = 2**53) -> int:
+    """`value` as an int; raises TypeError or ValueError unless it is one from `least` to `most`."""
+    if _integer(name, value) < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name}: expected at most {most}, got {value}")
+    return int(value)

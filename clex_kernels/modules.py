@@ -1,4 +1,4 @@
-"""ClexRotaryEmbedding: the ODE's weights, and the tables they give; ClexAttention: a layer that reads such a table.
+"""ClexRotaryEmbedding: the ODE's weights, and the tables they give; beside it ClexAttention, a layer that reads one.
 
 Tables are looked up and built outside compiled regions, in methods that torch.compile does not enter, and travel into
 them as arguments. A table that came out of an operator inside a compiled graph would be Inductor's to reuse: it writes
@@ -12,18 +12,19 @@ the same for a sequence alone and in any batch. The two agree to fp64 rounding.
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from clex_kernels.attention import attention
-from clex_kernels.config import ClexConfig
+from clex_kernels.attention_layer import ClexAttention
+from clex_kernels.config import ClexConfig, check_config, check_integer
 from clex_kernels.frequencies import evaluate, solve_frequencies, trajectory
 from clex_kernels.sampling import check_sampling, draw_positions, draw_times
-from clex_kernels.tables import MAX_LENGTH, CacheStats, RotaryTable, RotaryTableStack, TableCache, weights_fingerprint
+from clex_kernels.tables import CacheStats, RotaryTable, RotaryTableStack, TableCache, weights_fingerprint
 from clex_kernels.weights import OdeProjection, are_plain
+
+__all__ = ["ClexAttention", "ClexRotaryEmbedding"]
 
 _not_compiled = torch.compiler.disable(reason="clex_kernels: build rotary tables outside, pass them in as arguments")
 
@@ -49,7 +50,7 @@ class ClexRotaryEmbedding(nn.Module):
 
     def __init__(self, config: ClexConfig, device: torch.device | str | None = None, cache_bytes: int = 256 << 20):
         super().__init__()
-        _check_config(config)
+        check_config(config)
         self.config = config
         self.proj_func = OdeProjection(config, device)
         # with max_factor = 1 the solution would end where it starts and have no step to read.
@@ -73,7 +74,7 @@ class ClexRotaryEmbedding(nn.Module):
             TypeError: length is no int.
             ValueError: length is negative, or the weights are not finite.
         """
-        length = _integer("length", length)
+        length = check_integer("length", length)
         t = self.config.length_factor(length)
         room = max(round(t * self.config.train_length), self._room(length))
         freq, _, coarse, fine = self._cached(f"t = {t!r}", room, [t])
@@ -88,7 +89,7 @@ class ClexRotaryEmbedding(nn.Module):
         Args:
             max_length: positions each table holds at least; None: train_length * max_factor.
         """
-        room = self._limit if max_length is None else self._room(_integer("max_length", max_length))
+        room = self._limit if max_length is None else self._room(check_integer("max_length", max_length))
         times = [float(t) for t in range(1, self.config.max_factor + 1)]
         freq, t, coarse, fine = self._cached("integers", room, times)
         return RotaryTableStack(freq, t, None, coarse, fine, **self._scale)
@@ -114,10 +115,10 @@ class ClexRotaryEmbedding(nn.Module):
         if lengths.dim() != 1 or len(lengths) == 0 or lengths.device.type not in ("cpu", self.device.type):
             expected = f"shape [B], B >= 1, on {self.device} or the CPU"
             raise ValueError(f"lengths: expected {expected}, got {list(lengths.shape)} on {lengths.device}")
-        room = self._limit if max_length is None else self._room(_integer("max_length", max_length))
+        room = self._limit if max_length is None else self._room(check_integer("max_length", max_length))
         if lengths.device.type == "cpu":
             shortest, longest = (int(value) for value in lengths.aminmax())
-            _integer("lengths", shortest)
+            check_integer("lengths", shortest)
             needed = self._room(longest)
             if max_length is None:
                 room = needed
@@ -162,8 +163,8 @@ class ClexRotaryEmbedding(nn.Module):
         Raises:
             TypeError, ValueError: an argument is of the wrong type or out of range.
         """
-        length = _integer("length", length, least=1)
-        count = 1 if batch is None else _integer("batch", batch, least=1)
+        length = check_integer("length", length, least=1)
+        count = 1 if batch is None else check_integer("batch", batch, least=1)
         check_sampling(generator, positions, factors, plain_share)
         times = draw_times(self.config, count, generator, factors, plain_share)
         drawn = draw_positions(self.config, length, times, generator, positions, self.device)
@@ -271,106 +272,3 @@ class ClexRotaryEmbedding(nn.Module):
             f"trajectory {self.device}", 0, fingerprint, lambda: trajectory(*self._weights, self._solved)
         )
         return evaluate(nodes, polynomials, t)
-
-
-class ClexAttention(nn.Module):
-    """The attention of one transformer layer: packed projection, rotary attention, output projection.
-
-    Parameters: qkv_proj.weight [(H + 2G) D, C], rows in the order q, k, v, and o_proj.weight [C, H D]; with biases
-    qkv_proj.bias [(H + 2G) D] and o_proj.bias [C].
-
-    All layers share one table, made once per step and passed in, also into compiled code:
-
-        table = rope.sample(L)      # training
-        table = rope(L)             # evaluation
-        for layer in layers:
-            x = x + layer.attention(layer.norm(x), table)
-
-    Args:
-        config: names D = head_dim and the rotary dimension.
-        hidden_size: C.
-        num_heads: H.
-        num_kv_heads: G, which divides H; None: H.
-        bias: of qkv_proj.
-        out_bias: of o_proj; None: as `bias`.
-        device, dtype: of the weights.
-
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range.
-    """
-
-    def __init__(
-        self,
-        config: ClexConfig,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        bias: bool = False,
-        out_bias: bool | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        _check_config(config)
-        self.config = config
-        self.hidden_size = _integer("hidden_size", hidden_size, least=1)
-        self.num_heads = _integer("num_heads", num_heads, least=1)
-        self.num_kv_heads = self.num_heads if num_kv_heads is None else _integer("num_kv_heads", num_kv_heads, least=1)
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}")
-        packed = (self.num_heads + 2 * self.num_kv_heads) * config.head_dim
-        self.qkv_proj = nn.Linear(self.hidden_size, packed, bias, device, dtype)
-        out_bias = bias if out_bias is None else out_bias
-        self.o_proj = nn.Linear(self.num_heads * config.head_dim, self.hidden_size, out_bias, device, dtype)
-
-    def forward(
-        self, x: Tensor, table: RotaryTable | RotaryTableStack, is_causal: bool = True, **options: Any
-    ) -> Tensor:
-        """Attends within x [B, L, C], or x [1, N, C] with the options cu_seqlens_q and cu_seqlens_k [B + 1].
-
-        Args:
-            x: of the weights' dtype, outside autocast.
-            table: of the config's rotary dimension.
-            is_causal: whether token l sees tokens 0 .. l only.
-            **options: of `attention`: scale, window, softcap, cu_seqlens_q, kv_start, lengths, backend, ...
-
-        Returns:
-            Of x's shape.
-
-        Raises:
-            TypeError, ValueError: x, the table or an option, named, is wrong.
-        """
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-        if x.dim() != 3 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x: expected shape [B, L, C] with C = {self.hidden_size}, got {list(x.shape)}")
-        if isinstance(table, (RotaryTable, RotaryTableStack)) and table.rotary_dim != self.config.rotary_dim:
-            raise ValueError(f"table: expected rotary_dim = {self.config.rotary_dim}, got {table.rotary_dim}")
-        if "return_lse" in options:
-            raise ValueError("return_lse: expected no such option, since a layer returns its output only")
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim))
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=-2)
-        if v.requires_grad:
-            # attention saves v: a view of it would keep the raw q and k alive until the backward pass.
-            v = v.clone(memory_format=torch.contiguous_format)
-        return self.o_proj(attention(q, k, v, table, is_causal=is_causal, **options).flatten(-2))
-
-    def extra_repr(self) -> str:
-        """What the sizes of the projections do not tell."""
-        heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.config.head_dim}"
-        return f"{heads}, rotary_dim={self.config.rotary_dim}"
-
-
-def _check_config(config: ClexConfig) -> None:
-    if not isinstance(config, ClexConfig):
-        raise TypeError(f"config: expected a ClexConfig, got {type(config).__name__}")
-
-
-def _integer(name: str, value: int, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if value > MAX_LENGTH:
-        raise ValueError(f"{name}: expected at most {MAX_LENGTH}, got {value}")
-    return int(value)

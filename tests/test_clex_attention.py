@@ -13,7 +13,7 @@ from tolerance import assert_within_rule
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clex_kernels import modules, reference
+from clex_kernels import attention_layer, reference
 from clex_kernels.config import ClexConfig
 from clex_kernels.modules import ClexAttention
 from clex_kernels.rotary import apply_rotary
@@ -132,22 +132,17 @@ def test_packed_sequences_are_as_each_alone():
         assert_same(packed[:, first:last], layer(x[:, first:last], table))
 
 
-def test_q_k_and_v_are_views_of_one_projection(monkeypatch):
+def test_attention_gets_views_of_one_rotated_projection(monkeypatch):
     seen = {}
 
     def spy(q: Tensor, k: Tensor, v: Tensor, table: Table, **options: Any) -> Tensor:
         seen.update(q=q, k=k, v=v, options=options)
         return q
 
-    monkeypatch.setattr(modules, "attention", spy)
-    layer, x, table = make_layer(kv_heads=2), inputs(3, 5, torch.float32), make_rope()(5)
-    layer(x, table)
-    # what is saved for the backward pass must not keep the rest of the projection.
-    assert seen["v"].untyped_storage().nbytes() == 3 * 5 * 2 * 16 * 4
-    assert seen["q"].untyped_storage().data_ptr() == seen["k"].untyped_storage().data_ptr()
-    with torch.no_grad():
-        layer(x, table, window=4)
-    assert seen.pop("options") == {"is_causal": True, "window": 4}
+    monkeypatch.setattr(attention_layer, "attention", spy)
+    layer, x, rope = make_layer(kv_heads=2), inputs(3, 5, torch.float32), make_rope()
+    layer(x, rope(5), window=4)
+    assert seen.pop("options") == {"is_causal": True, "window": 4, "rotated": "qk"}
     assert {name: tuple(x.shape) for name, x in seen.items()} == {
         "q": (3, 5, 4, 16),
         "k": (3, 5, 2, 16),
@@ -155,6 +150,106 @@ def test_q_k_and_v_are_views_of_one_projection(monkeypatch):
     }
     assert len({x.untyped_storage().data_ptr() for x in seen.values()}) == 1
     assert all(x.stride() == (5 * 128, 128, 16, 1) for x in seen.values())
+    # lengths choose from the stack, so attention rotates.
+    layer(x, rope.stack())
+    assert seen.pop("options") == {"is_causal": True}
+    # what is saved for the backward pass must not keep the raw q and k.
+    assert seen["v"].untyped_storage().nbytes() == 3 * 5 * 2 * 16 * 4
+    assert seen["q"].untyped_storage().data_ptr() == seen["k"].untyped_storage().data_ptr()
+
+
+class Doubled(nn.Linear):
+    """What a LoRA or quantized layer is to us: no plain product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def replaced(layer: ClexAttention) -> ClexAttention:
+    """The layer with the same projection in a module that has to be called."""
+    layer.qkv_proj.__class__ = Doubled
+    with torch.no_grad():
+        layer.qkv_proj.weight /= 2
+    return layer
+
+
+def hooked(layer: ClexAttention) -> ClexAttention:
+    """The layer with a hook that undoes what was done to the weight."""
+    layer.qkv_proj.register_forward_hook(lambda module, arguments, out: 2 * out)
+    with torch.no_grad():
+        layer.qkv_proj.weight /= 2
+    return layer
+
+
+@pytest.mark.parametrize("change", [replaced, hooked])
+def test_a_projection_that_is_more_than_its_weight_is_called(change):
+    rope, layer, x = make_rope().double().train(), make_layer().double(), inputs(2, 40)
+    table = rope.sample(40, generator=seeded(2))
+    changed = change(copy.deepcopy(layer))
+    outs = [module(x, table) for module in (layer, changed)]
+    assert_same(*outs)
+    (dfreq,), (expected,) = (torch.autograd.grad(out.square().sum(), table.freq, retain_graph=True) for out in outs)
+    assert_same(dfreq, expected)
+    caches = [torch.zeros(2, 8, 2, 16, dtype=torch.float64) for _ in range(4)]
+    steps = [
+        module.decode(x[:, :3].detach(), rope.eval()(8), *pair, 3)
+        for module, pair in ((layer, caches[:2]), (changed, caches[2:]))
+    ]
+    assert_same(*steps)
+    assert_same(caches[0], caches[2])
+
+
+def make_caches(layer: ClexAttention, batch: int, slots: int) -> tuple[Tensor, Tensor]:
+    shape = (batch, slots, layer.num_kv_heads, layer.config.head_dim)
+    return tuple(torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2))
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("kind", ["int", "tensor"])
+def test_decoding_steps_are_the_rows_of_a_prefill(new, kind):
+    rope, layer, x = make_rope().double(), make_layer(bias=True).double(), inputs(2, 45).detach()
+    caches = make_caches(layer, 2, 64)
+    # the length crosses t = 1, 2 on the way, and the last step's table is that of all its keys.
+    for end in range(new, 46, new):
+        kv_end = end if kind == "int" else torch.full((2,), end)
+        out = layer.decode(x[:, end - new : end], rope(end), *caches, kv_end)
+        assert_same(out, layer(x[:, :end], rope(end))[:, -new:])
+    heads = layer.qkv_proj(x).unflatten(-1, (-1, 16))
+    assert_same(caches[0][:, :45], heads[:, :, 4:6])
+    assert_same(caches[1][:, :45], heads[:, :, 6:])
+
+
+@pytest.mark.parametrize("choice", ["stack", "index", "at"])
+def test_sequences_of_a_decoding_batch_are_as_each_alone(choice):
+    rope, layer, x = make_rope().double(), make_layer().double(), inputs(3, 70).detach()
+    ends, caches = torch.tensor([70, 20, 0]), make_caches(layer, 3, 80)
+    for b, end in enumerate(ends.tolist()):
+        if end > 1:
+            layer.decode(x[b : b + 1, :1], rope(end), *(cache[b : b + 1] for cache in caches), 1)
+            heads = layer.qkv_proj(x[b, : end - 1]).unflatten(-1, (-1, 16))
+            caches[0][b, : end - 1], caches[1][b, : end - 1] = heads[:, 4:6], heads[:, 6:]
+    last = torch.stack([x[b, max(end - 1, 0)] for b, end in enumerate(ends.tolist())])[:, None]
+    table = {"stack": rope.stack(), "index": rope.stack().select(ends), "at": rope.at(ends)}[choice]
+    out = layer.decode(last, table, *caches, ends)
+    for b, end in enumerate(ends.tolist()):
+        if end == 0:
+            assert_same(out[b], torch.zeros_like(out[b]))
+            continue
+        alone = rope.at(ends[b : b + 1]) if choice == "at" else rope(end)
+        assert_same(out[b : b + 1], layer(x[b : b + 1, :end], alone)[:, -1:])
+
+
+def test_left_padding_leaves_a_decoding_step_alone():
+    rope, layer, x = make_rope().double(), make_layer().double(), inputs(2, 40).detach()
+    start, end = torch.tensor([0, 11]), torch.tensor([40, 40])
+    caches = make_caches(layer, 2, 40)
+    for step in range(1, 41):
+        out = layer.decode(
+            x[:, step - 1 : step], rope.stack(), *caches, torch.full((2,), step), kv_start=start.clamp(max=step)
+        )
+    assert_same(out[:1], layer(x[:1], rope(40))[:, -1:])
+    assert_same(out[1:], layer(x[1:, 11:], rope(29))[:, -1:])
+    assert_same(out, layer(x, rope.stack(), kv_start=start, kv_end=end)[:, -1:])
 
 
 def test_a_bf16_model_keeps_an_fp32_ode():
@@ -243,6 +338,7 @@ BAD_INPUT = {
     "table type": (TypeError, "table: expected a RotaryTable", (X, TABLE.coarse), {}),
     "table rotary_dim": (ValueError, "table: expected rotary_dim = 16, got 8", (X, PARTIAL), {}),
     "return_lse": (ValueError, "return_lse: expected no such option", (X, TABLE), {"return_lse": True}),
+    "rotated": (ValueError, "rotated: expected no such option", (X, TABLE), {"rotated": "qk"}),
     "unknown": (TypeError, "causal", (X, TABLE), {"causal": True}),
 }
 

@@ -16,6 +16,7 @@ LAYERS = [
     {
         "rotary_checks",
         "rotary",
+        "qkv_rotary_checks",
         "qkv_rotary",
         "attention_checks",
         "attention_spans",
@@ -27,10 +28,10 @@ LAYERS = [
         "decode",
         "append",
     },
-    {"sampling", "modules"},
+    {"sampling", "packing", "attention_layer", "modules"},
     {"integrations"},
 ]
-LEAVES = {"attention_terms", "config", "extension"}
+LEAVES = {"attention_terms", "autocast", "config", "extension"}
 # the oracle stands aside: it may read the settings, and the package may not read it.
 ORACLE = "reference"
 # the package's face and its command line may import anything, and nothing imports them.

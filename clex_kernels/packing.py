@@ -1,0 +1,147 @@
+"""One weight for the projections to q, k and v of an existing module, and three again.
+
+`pack_qkv` replaces three torch.nn.Linear by one, `qkv_proj`, with their rows in the order q, k, v, as qkv_rotary takes
+them. Checkpoints do not notice: the module's state_dict keeps the names and shapes it had, as slices of the packed
+weight, and loads what has them. `unpack_qkv` puts three modules back, whose weights are these slices.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+NAMES = ("q_proj", "k_proj", "v_proj")
+PACKED = "qkv_proj"
+# where a packed module keeps its projections' names and rows.
+_ROWS = "_qkv_rows"
+
+
+def pack_qkv(module: nn.Module, names: Sequence[str] = NAMES) -> nn.Linear:
+    """Replaces the projections of `module` by one, which is returned and is module.qkv_proj from now on.
+
+    Each row is copied once, to its place, and a projection is let go before the next one is copied. Whatever called the
+    three, the module's own forward, and optimizers that hold their parameters are the caller's to replace.
+
+    Args:
+        module: has three torch.nn.Linear with C inputs each, of H D, G D and G D outputs.
+        names: their names, q first.
+
+    Returns:
+        A torch.nn.Linear with weight [(H + 2G) D, C], and bias [(H + 2G) D] where they have one.
+
+    Raises:
+        TypeError: one of them is no plain torch.nn.Linear but, say, a LoRA or quantized layer.
+        ValueError: they differ in C, dtype, device or mode, or k and v in rows; one has hooks or shares its weight with
+            another; or there is a qkv_proj already.
+    """
+    rows = {name: _checked(module, name).out_features for name in names}
+    _check_together(module, names, rows)
+    packed = _empty_projection(getattr(module, names[0]), sum(rows.values()))
+    first = 0
+    for name, count in rows.items():
+        # no reference outlives the turn.
+        for kind, part in getattr(module, name).named_parameters():
+            getattr(packed, kind).detach()[first : first + count].copy_(part.detach())
+        del part
+        delattr(module, name)
+        first += count
+    setattr(module, PACKED, packed)
+    setattr(module, _ROWS, rows)
+    module.register_state_dict_post_hook(_unpack_state)
+    module.register_load_state_dict_pre_hook(_pack_state)
+    return packed
+
+
+def unpack_qkv(module: nn.Module) -> None:
+    """Puts the three projections back that `pack_qkv` replaced; nothing is copied, their weights share memory's block.
+
+    Raises ValueError if `module` is not packed.
+    """
+    if not hasattr(module, _ROWS):
+        raise ValueError(f"module: expected one that pack_qkv packed, got {type(module).__name__}")
+    packed, rows = getattr(module, PACKED), getattr(module, _ROWS)
+    # the hooks stay, and find nothing to do.
+    delattr(module, PACKED)
+    delattr(module, _ROWS)
+    first = 0
+    for name, count in rows.items():
+        linear = nn.Linear(packed.in_features, count, packed.bias is not None, device="meta")
+        for kind, whole in packed.named_parameters():
+            part = whole.detach()[first : first + count]
+            setattr(linear, kind, nn.Parameter(part, requires_grad=whole.requires_grad))
+        setattr(module, name, linear.train(packed.training))
+        first += count
+
+
+def _empty_projection(like: nn.Linear, rows: int) -> nn.Linear:
+    """As `like` but for its number of rows; not initialised, which would draw random numbers to be overwritten."""
+    linear = nn.Linear(like.in_features, rows, like.bias is not None, device="meta")
+    for kind, part in like.named_parameters():
+        empty = part.detach().new_empty((rows, *part.shape[1:]))
+        setattr(linear, kind, nn.Parameter(empty, requires_grad=part.requires_grad))
+    return linear.train(like.training)
+
+
+def _unpack_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The packed weight's slices under the names they had."""
+    rows = getattr(module, _ROWS, {})
+    for kind in ("weight", "bias"):
+        whole = state.pop(f"{prefix}{PACKED}.{kind}", None) if rows else None
+        if whole is not None:
+            state.update(
+                (f"{prefix}{name}.{kind}", part)
+                for name, part in zip(rows, whole.split(list(rows.values())), strict=True)
+            )
+
+
+def _pack_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The packed weight of slices under the names they had; where one is missing, the loader finds it missing."""
+    rows = getattr(module, _ROWS, {})
+    for kind in ("weight", "bias"):
+        keys = [f"{prefix}{name}.{kind}" for name in rows]
+        if rows and all(key in state for key in keys):
+            parts = [state.pop(key) for key in keys]
+            if [len(part) for part in parts] != list(rows.values()):
+                got = ", ".join(str(list(part.shape)) for part in parts)
+                raise ValueError(f"{', '.join(keys)}: expected {', '.join(map(str, rows.values()))} rows, got {got}")
+            state[f"{prefix}{PACKED}.{kind}"] = torch.cat(parts)
+
+
+def _checked(module: nn.Module, name: str) -> nn.Linear:
+    """The projection of that name, if it does what its weight and bias say and nothing else."""
+    linear = getattr(module, name, None)
+    if type(linear) is not nn.Linear:
+        raise TypeError(f"{name}: expected a torch.nn.Linear, got {type(linear).__name__}")
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    if any(hooks):
+        raise ValueError(f"{name}: expected no hooks, which would be lost, got some")
+    return linear
+
+
+def _check_together(module: nn.Module, names: Sequence[str], rows: dict[str, int]) -> None:
+    if hasattr(module, PACKED):
+        raise ValueError(f"module: expected no {PACKED} yet, got a {type(module).__name__} that has one")
+    if len(names) != 3 or len(rows) != 3:
+        raise ValueError(f"names: expected three different names, of q, k and v, got {list(names)}")
+    q_rows, k_rows, v_rows = rows.values()
+    if k_rows != v_rows or q_rows % k_rows:
+        raise ValueError(
+            f"{', '.join(names)}: expected H D, G D and G D rows, G a divisor of H, got {list(rows.values())}"
+        )
+    first, *others = (getattr(module, name) for name in names)
+    for name, other in zip(names[1:], others, strict=True):
+        for what, expected, got in zip(("C", "parameters", "mode"), _traits(first), _traits(other), strict=True):
+            if expected != got:
+                raise ValueError(f"{name}: expected {names[0]}'s {what}, {expected}, got {got}")
+    if len({id(linear.weight) for linear in (first, *others)}) < 3:
+        raise ValueError(f"{', '.join(names)}: expected weights of their own, got shared ones")
+
+
+def _traits(linear: nn.Linear) -> tuple[Any, ...]:
+    """What must be the same of projections that become one."""
+    parameters = {
+        kind: (part.dtype, str(part.device), "trained" if part.requires_grad else "frozen")
+        for kind, part in linear.named_parameters()
+    }
+    return linear.in_features, parameters, "training" if linear.training else "evaluation"
