@@ -37,7 +37,8 @@ test-cuda: $(CUDA_VENV)/installed
 	cd $(CUDA_TREE) && ../../$(CUDA_VENV)/bin/python -m clex_kernels --require-cuda
 	cd $(CUDA_TREE) && ../../$(CUDA_VENV)/bin/python -m pytest -n 2 tests/test_frequencies.py tests/test_tables.py tests/test_rotary_table.py \
 	  tests/test_table_cache.py tests/test_rotary.py tests/test_rotary_interface.py tests/test_rotary_checks.py tests/test_attention.py \
-	  tests/test_attention_cpu.py tests/test_decode.py tests/test_append.py tests/test_cuda_on_host.py
+	  tests/test_attention_cpu.py tests/test_decode.py tests/test_append.py tests/test_qkv_rotary.py \
+	  tests/test_qkv_rotary_cpu.py tests/test_cuda_on_host.py
 
 test-all: test lint test-cuda
 

@@ -23,7 +23,7 @@ def describe_cuda() -> str:
 def describe_triton() -> str:
     """The Triton version, or that it is missing."""
     if importlib.util.find_spec("triton") is None:
-        return "absent: rotary, attention and decoding on a GPU need it (pip install triton)"
+        return "absent: rotary, attention, decoding and the QKV projection on a GPU need it (pip install triton)"
     import triton
 
     return triton.__version__
@@ -39,10 +39,15 @@ def report() -> str:
         ("instruction set", extension.isa()),
         ("GPU", describe_cuda()),
         ("triton", describe_triton()),
-        ("CPU backend", "frequencies, tables, rotary, decoding: C++; attention: C++ rotary and torch's attention"),
+        (
+            "CPU backend",
+            "frequencies, tables, rotary, decoding, QKV projection of few tokens: C++; of more, and attention: C++"
+            " rotary and torch's products and attention",
+        ),
         (
             "GPU backend",
-            "rotary, attention, decoding: Triton; frequencies, tables: "
+            "rotary, attention, decoding: Triton; QKV projection: Triton, or torch's product and rotary; frequencies,"
+            " tables: "
             + ("CUDA C++" if extension.has_cuda() else "solved on the CPU and copied; torch fp64 on the device"),
         ),
     ]

@@ -11,6 +11,7 @@ import torch
 from ropes import CONFIG, make_rope, seeded
 from tolerance import assert_within_rule
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 
 from clex_kernels import attention_layer, reference
@@ -300,6 +301,22 @@ def test_a_training_step_compiles_to_one_graph(backend, log_scale):
             assert_same(gradient, found[1][name])
 
 
+def test_decoding_steps_compile_once():
+    rope, layer, x = make_rope().double(), make_layer().double(), inputs(2, 45).detach()
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer.decode, fullgraph=True, backend=counter)
+    caches, expected = make_caches(layer, 2, 64), make_caches(layer, 2, 64)
+    for end in range(1, 46):
+        kv_end = torch.full((2,), end)
+        outs = [
+            decode(x[:, end - 1 : end], rope.stack(), *into, kv_end)
+            for decode, into in ((compiled, caches), (layer.decode, expected))
+        ]
+        assert_same(*outs)
+    assert counter.frame_count == 1
+
+
 def test_weights_are_packed_and_described():
     layer = ClexAttention(replace(CONFIG, rotary_dim=8), C, 4, 2, bias=True, device="meta", dtype=torch.float16)
     assert {name: tuple(weight.shape) for name, weight in layer.named_parameters()} == {
@@ -341,6 +358,27 @@ BAD_INPUT = {
     "rotated": (ValueError, "rotated: expected no such option", (X, TABLE), {"rotated": "qk"}),
     "unknown": (TypeError, "causal", (X, TABLE), {"causal": True}),
 }
+
+
+BAD_STEP = {
+    "kv_end none": (TypeError, "kv_end: expected an integer", {"kv_end": None}),
+    "kv_end negative": (ValueError, "kv_end: expected at least 0, got -1", {"kv_end": -1}),
+    "kv_end dtype": (TypeError, "kv_end: expected a torch.int32 or torch.int64 tensor", {"kv_end": torch.ones(2)}),
+    "kv_end shape": (ValueError, r"kv_end: expected shape \[B=2\]", {"kv_end": torch.ones(2, 1, dtype=torch.int64)}),
+    "past the cache": (ValueError, r"kv_end: expected .*S", {"kv_end": 9}),
+    "x": (ValueError, r"x: expected shape \[B, L, C\]", {"x": X[0]}),
+    "rotated": (ValueError, "rotated: expected no such option", {"rotated": "none"}),
+    "table": (ValueError, "table: expected rotary_dim = 16, got 8", {"table": PARTIAL}),
+}
+
+
+@pytest.mark.parametrize(("error", "match", "changed"), BAD_STEP.values(), ids=BAD_STEP)
+def test_a_bad_decoding_step_is_named(error, match, changed):
+    arguments = {"x": X, "table": make_rope()(32), "kv_end": 5, **changed}
+    caches = {name: torch.zeros(2, 8, 2, 16) for name in ("k_cache", "v_cache")}
+    with pytest.raises(error, match=match):
+        make_layer().decode(**arguments, **caches)
+    assert not caches["k_cache"].any()
 
 
 @pytest.mark.parametrize(("error", "match", "arguments", "options"), BAD_INPUT.values(), ids=BAD_INPUT)

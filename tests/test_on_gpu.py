@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from clex_kernels import ClexConfig, ClexRotaryEmbedding, append_kv, apply_rotary, attention, decode_attention
+from clex_kernels import (
+    ClexAttention,
+    ClexConfig,
+    ClexRotaryEmbedding,
+    append_kv,
+    apply_rotary,
+    attention,
+    decode_attention,
+    qkv_rotary,
+)
 from clex_kernels.frequencies import solve_frequencies
 from clex_kernels.tables import RotaryTable
 
@@ -159,6 +168,45 @@ def test_a_captured_decode_step_follows_growing_sequences_across_t() -> None:
         ends.copy_(torch.tensor(grown))
         graph.replay()
         torch.testing.assert_close(captured, step(), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tokens", [1, 33, 300])
+@pytest.mark.parametrize("backend", ["triton", "linear", "auto"])
+def test_qkv_rotary_and_its_gradients_are_the_cpus(backend: str, tokens: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(6)
+    width, rows = 200, (4 + 2 * 2) * CONFIG.head_dim
+    x = torch.randn(2, tokens, width, generator=generator).to(dtype)
+    weight, bias = (torch.randn(size, generator=generator).to(dtype) / 14 for size in ((rows, width), (rows,)))
+    results = []
+    for device in ("cpu", "cuda"):
+        freq = (10000.0 ** -(torch.arange(16, dtype=torch.float64) / 16)).to(device).requires_grad_()
+        leaves = [y.to(device, copy=True).requires_grad_() for y in (x, weight, bias)]
+        table = RotaryTable.from_frequencies(freq, length=512)
+        chosen = backend if device == "cuda" else "auto"
+        outs = qkv_rotary(*leaves[:2], table, 4, 2, leaves[2], 100, "both", backend=chosen)
+        torch.autograd.backward(outs, [out.detach().cos() for out in outs])
+        results.append([y.detach().cpu().double() for y in (*outs, *(leaf.grad for leaf in leaves), freq.grad)])
+    eps = torch.finfo(dtype).eps
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0.0, atol=16 * eps * expected.abs().max().item())
+
+
+def test_a_captured_decode_step_of_a_layer_follows_growing_sequences() -> None:
+    torch.manual_seed(7)
+    layer = ClexAttention(CONFIG, 96, 4, 2, device="cuda", dtype=torch.bfloat16)
+    stack = make_embedding("cuda").eval().stack()
+    x = torch.randn(2, 1, 96, device="cuda", dtype=torch.bfloat16)
+    caches = [torch.randn(2, 512, 2, CONFIG.head_dim, device="cuda").bfloat16() for _ in range(2)]
+    ends = torch.tensor([64, 200], device="cuda")
+    layer.decode(x, stack, *caches, ends)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer.decode(x, stack, *caches, ends)
+    for grown in ([65, 201], [129, 256]):
+        ends.copy_(torch.tensor(grown))
+        graph.replay()
+        torch.testing.assert_close(captured, layer.decode(x, stack, *caches, ends), rtol=0.0, atol=0.0)
 
 
 def test_a_training_step_reaches_both_weights_of_the_ode() -> None:
