@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from clex_kernels.attention_terms import Rule, Tables, Tokens
-from clex_kernels.kernels import append, attention_bwd, attention_fwd, decode, rotary
+from clex_kernels.kernels import append, attention_bwd, attention_fwd, decode, qkv_rotary, rotary
 
 
 @dataclass(frozen=True)
@@ -253,4 +253,53 @@ def decode_cases() -> list[Case]:
     return [merge, *(case(name, **settings) for name, settings in cases.items())]
 
 
-CASES = {case.name: case for case in [*rotary_cases(), *attention_cases(), *append_cases(), *decode_cases()]}
+def launch_qkv_rotary(
+    rows: int = 8192,
+    dims: int = 128,
+    pairs: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    rotates: tuple[bool, bool] = (True, True),
+    offset: int = 0,
+    sequences: int = 2,
+    variant: str = "",
+) -> None:
+    """Projections of a model of 4096 columns with 32 query heads over tensors without memory; `rows` in all."""
+    x = meta(sequences, rows // sequences, 4096, dtype=dtype)
+    weights = tuple(meta(heads * dims, 4096, dtype=dtype) for heads in (32, 8, 8))
+    outs = tuple(meta(*x.shape[:2], heads, dims, dtype=dtype) for heads in (32, 8, 8))
+    tables = 16 if variant == "all" else 1
+    coarse, fine = (meta(tables, n, 2, pairs, dtype=torch.float32) for n in (rows // 64 + 1, 64))
+    biases, k_rotated, index, position_ids = None, None, None, None
+    if variant == "all":
+        biases = tuple(meta(heads * dims, dtype=dtype) for heads in (32, 8, 8))
+        k_rotated, index = torch.empty_like(outs[1]), meta(sequences, dtype=torch.int64)
+        position_ids = meta(*x.shape[:2], dtype=torch.int64)
+    qkv_rotary.launch_qkv_rotary(
+        *(x, weights, biases, outs, k_rotated, Tables(coarse, fine, index=index), position_ids, offset, rotates)
+    )
+
+
+def qkv_rotary_cases() -> list[Case]:
+    """Every tile, the widest without rotation too, and all at once that a call may ask for."""
+
+    def case(name: str, **settings: Any) -> Case:
+        itemsize = settings.get("dtype", torch.bfloat16).itemsize
+        launch = partial(launch_qkv_rotary, **settings)
+        return Case(
+            *(f"qkv_rotary-{name}", "qkv_rotary_kernel", launch, lambda c: c["BLOCK_M"] * c["BLOCK_N"], itemsize),
+            is_product=itemsize == 2,
+        )
+
+    cases: dict[str, dict[str, Any]] = {
+        **{f"bfloat16-D128-R64-rows{rows}": {"rows": rows} for rows in (16, 64, 512, 8192)},
+        "bfloat16-D128-R64-rows8192-plain": {"rotates": (False, False)},
+        "bfloat16-D80-R16-rows8192-all": {"dims": 80, "pairs": 16, "variant": "all"},
+        **{f"float32-D128-R64-rows{rows}": {"rows": rows, "dtype": torch.float32} for rows in (16, 64, 8192)},
+    }
+    return [case(name, **settings) for name, settings in cases.items()]
+
+
+CASES = {
+    case.name: case
+    for case in [*rotary_cases(), *attention_cases(), *append_cases(), *decode_cases(), *qkv_rotary_cases()]
+}

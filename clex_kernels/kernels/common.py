@@ -49,12 +49,31 @@ def load_cos_sin(
     TILE: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Cosines and sines [BLOCK_L, BLOCK_R] of table t, one there is, at `rows`; NaN where in_table is false, 0 past R.
-
-    table_strides are those of coarse over T and C, then of fine over T and TILE.
-    """
+    """Cosines and sines [BLOCK_L, BLOCK_R] of table t at `rows`, as `load_cos_sin_at` has them; 0 past R."""
     offs_r = tl.arange(0, BLOCK_R)[None, :]
-    mask = in_table[:, None] & (offs_r < R)
+    mask_r = offs_r < R if R < BLOCK_R else None
+    return load_cos_sin_at(coarse_ptr, fine_ptr, table_strides, t, rows, in_table, offs_r, mask_r, R, TILE)
+
+
+@triton.jit
+def load_cos_sin_at(
+    coarse_ptr,
+    fine_ptr,
+    table_strides,
+    t,
+    rows,
+    in_table,
+    offs_r,
+    mask_r,
+    R: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Cosines and sines [BLOCK_L, BLOCK_R] of the pairs offs_r of table t, one there is or [BLOCK_L, 1], at `rows`.
+
+    NaN where in_table is false, 0 where mask_r is (None: all pairs are there). table_strides are those of coarse over T
+    and C, then of fine over T and TILE.
+    """
+    mask = in_table[:, None] if mask_r is None else in_table[:, None] & mask_r
     # rows in the table are not negative, and unsigned division is a shift.
     rows = rows.to(tl.uint64)
     coarse_rows, fine_rows = (rows // TILE).to(tl.int64), (rows % TILE).to(tl.int64)
@@ -64,13 +83,12 @@ def load_cos_sin(
     if TILE > 1:
         fine_ptrs = fine_ptr + t * table_strides[2] + fine_rows[:, None] * table_strides[3] + offs_r
         # every remainder has its row.
-        fine_mask = offs_r < R if R < BLOCK_R else None
-        fine_cos = tl.load(fine_ptrs, mask=fine_mask)
-        fine_sin = tl.load(fine_ptrs + R, mask=fine_mask)
+        fine_cos = tl.load(fine_ptrs, mask=mask_r)
+        fine_sin = tl.load(fine_ptrs + R, mask=mask_r)
         cos, sin = rotate(cos, sin, fine_cos, fine_sin)
-    if R < BLOCK_R:
+    if mask_r is not None:
         # in a product over pairs the padding must not count.
-        cos, sin = tl.where(offs_r < R, cos, 0.0), tl.where(offs_r < R, sin, 0.0)
+        cos, sin = tl.where(mask_r, cos, 0.0), tl.where(mask_r, sin, 0.0)
     return cos, sin
 
 
