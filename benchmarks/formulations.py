@@ -4,11 +4,14 @@ Those of rotary rotate the whole of D, pairs (x_i, x_(R+i)), with cos and sin [L
 `_into` forms write into memory the caller brings, the `_in_place` form into its input. Those of attention are causal,
 take raw q, k and v [B, L, ., D] with cos and sin [L, 2R] of `reference.tables`, and compute in the inputs' dtype, as
 transformers does. Those of decode take one token's q [B, G, H/G, D], viewed per key head, and k and v [B, G, S, D];
-they attend over keys that are rotated already, except for the `rotate_and_` ones.
+they attend over keys that are rotated already, except for the `rotate_and_` ones. Those of the projection take x
+[B, L, C], the weights of q, k and v in one, or three of them, and (H, G, G); all but `project` and `project_apart`
+rotate q and k, in their first 2R channels.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -178,3 +181,49 @@ def read_by_sum(k: Tensor, v: Tensor) -> list[Tensor]:
 
 def read_by_max(k: Tensor, v: Tensor) -> list[Tensor]:
     return [x.reshape(-1).view(torch.int32).amax() for x in (k, v)]
+
+
+Projected = tuple[Tensor, Tensor, Tensor]
+Heads = tuple[int, int, int]
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, heads: Heads) -> Projected:
+    """q, k and v as views of one product."""
+    return F.linear(x, weight, bias).unflatten(-1, (sum(heads), -1)).split(heads, dim=-2)
+
+
+def project_apart(x: Tensor, weights: Projected, biases: Projected | None, heads: Heads) -> list[Tensor]:
+    parts = zip(weights, biases or (None,) * len(weights), heads, strict=True)
+    return [F.linear(x, weight, bias).unflatten(-1, (count, -1)) for weight, bias, count in parts]
+
+
+def rotate_first(rotate: Formulation, x: Tensor, cos: Tensor, sin: Tensor, dims: int) -> Tensor:
+    """`rotate` on the first channels, the others as they are, put together as transformers' Phi does."""
+    if dims == x.shape[-1]:
+        return rotate(x, cos, sin)
+    return torch.cat((rotate(x[..., :dims], cos, sin), x[..., dims:]), dim=-1)
+
+
+def project_rotate_half(
+    x: Tensor, weight: Tensor, bias: Tensor | None, heads: Heads, cos: Tensor, sin: Tensor
+) -> Projected:
+    """transformers' rotary after one linear; cos and sin [L, 2R], computed with in x's dtype."""
+    q, k, v = project(x, weight, bias, heads)
+    cos, sin, dims = cos.to(x), sin.to(x), cos.shape[-1]
+    q, k = (rotate_first(rotate_heads, y.transpose(1, 2), cos, sin, dims).transpose(1, 2) for y in (q, k))
+    return q, k, v
+
+
+def project_split_halves(
+    x: Tensor, weight: Tensor, bias: Tensor | None, heads: Heads, cos: Tensor, sin: Tensor
+) -> Projected:
+    """cos and sin [L, R] in fp32."""
+    q, k, v = project(x, weight, bias, heads)
+    q, k = (rotate_first(split_halves, y, cos, sin, 2 * cos.shape[-1]) for y in (q, k))
+    return q, k, v
+
+
+@functools.cache
+def compiled_whole(formulation: Callable[..., Any]) -> Callable[..., Any]:
+    """One compiled graph."""
+    return torch.compile(formulation, dynamic=False, fullgraph=True)

@@ -30,6 +30,7 @@ SECTIONS = {
     "tables": "Tables",
     "end to end": "Weights to cos and sin",
     "rotary": "Rotary",
+    "qkv": "QKV projection",
     "attention": "Attention",
     "layer": "Attention layer",
     "decode": "Decode",
@@ -47,6 +48,12 @@ One new token over cached keys that are rotated as they are read, by the frequen
 D 128, head-major caches. The rival is the fastest of SDPA, softmax(q k^T) v and split-KV SDPA over a cache whose keys
 were rotated beforehand, at no cost to it; no rotation is this package's kernel over the same; the floor reads K and V
 once."""
+QKV_TEXT = """\
+q, k and v from hidden states, q and k rotated by CLEX's frequencies at t = 16, forward; Mixtral-8x7B has the sizes of
+Llama-3-8B, and Phi-2 rotates 32 of 80 channels and has biases. The linears rotate nothing: one has q, k and v in one
+weight and is the floor. The rival is the fastest of that linear followed by eager rotate-half as in transformers, of
+the same followed by a compiled rotary, and of both compiled together. At one token the time is that of reading the
+weights, at many that of the product."""
 DRIFT_TEXT = """\
 Keys rotated once by the frequencies of their own time don't fit a query of another t: from the first change of t on,
 the output is wrong. Re-rotating a bf16 cache at every new t mends that but rounds all keys once more each time, while
@@ -55,14 +62,15 @@ RULES = """\
 Every figure is labelled: *measured* on the machine above in this run, *counted*, or *modelled*. All ways of a case
 run in one process and alternate round by round; times are medians over rounds, and ratios are of medians. Before
 each timed call, untimed, other inputs (or other weights) are written into the tensors that the call reads, or for a
-decode step another cache is taken, which the CPU's caches hold nothing of; after it, untimed, its output is compared
-with fp64 (frequencies: torchdiffeq dopri8 at 1e-13), and the largest error of all its calls is shown; of attention,
-at sampled query rows, as its tables say. The rival is the fastest of the formulations listed with it; of a decode
-step, over keys rotated beforehand. The floor is a copy of the bytes that the operation writes; of attention,
-PyTorch's own on q and k rotated beforehand; of a decode step, the fastest of several ways to read K and V once. Peak
-memory is the most bytes of tensors held at once beside inputs and weights, in one call. Threads and memory policy
-stand under each table. The ratio to the authors' way is no headline: it says how slow eager mode is; the floor and
-plain RoPE say what is left to gain."""
+decode step another cache is taken, which the CPU's caches hold nothing of; a QKV projection keeps its weights, as a
+model does, but finds them out of the caches. After it, untimed, its output is compared with fp64 (frequencies:
+torchdiffeq dopri8 at 1e-13), and the largest error of all its calls is shown; of attention and of the QKV projection,
+at sampled rows, as their tables say. The rival is the fastest of the formulations listed with it; of a decode step,
+over keys rotated beforehand. The floor is a copy of the bytes that the operation writes; of attention, PyTorch's own
+on q and k rotated beforehand; of the QKV projection, one linear with nothing rotated; of a decode step, the fastest of
+several ways to read K and V once. Peak memory is the most bytes of tensors held at once beside inputs and weights, in
+one call. Threads and memory policy stand under each table. The ratio to the authors' way is no headline: it says how
+slow eager mode is; the floor and plain RoPE say what is left to gain."""
 
 
 def main() -> None:
@@ -168,6 +176,13 @@ def layer_parts(cases: list[summary.Info]) -> list[str]:
     return ["## What CLEX adds to an attention layer", LAYER_TEXT, *(parts or ["Not measured in this run."])]
 
 
+def qkv_parts(cases: list[summary.Info]) -> list[str]:
+    """What rotating costs where q and k are made, by shape and tokens."""
+    measured = any(info["section"] == "qkv" and info["curves"] for info in cases)
+    figures = ["Median latency, *measured*:", summary.qkv_table(cases)] if measured else ["Not measured in this run."]
+    return ["## From hidden states to rotated q and k", QKV_TEXT, *figures]
+
+
 def drift_of(cases: list[summary.Info]) -> dict[str, Any] | None:
     return next((info["curves"]["drift"] for info in cases if "drift" in info["curves"]), None)
 
@@ -206,6 +221,7 @@ def index(about: dict[str, str], run: TrainingRun, cases: list[summary.Info], el
         ),
         "![overhead over plain RoPE](overhead.png)",
         *layer_parts(cases),
+        *qkv_parts(cases),
         *decode_parts(cases),
         "## Goals",
         summary.goal_table(verdicts),

@@ -80,3 +80,37 @@ DECODE_32K = DECODE_LENGTHS[1]
 DECODE_FP32 = DecodeShape("fp32", 1, 32 << 10)
 DECODE_BATCHES = tuple(DecodeShape("bf16", 8, keys << 10) for keys in (4, 32))
 DECODE_MIXED = DecodeShape("bf16", 8, 32 << 10, (1000, 3000, 5000, 9000, 14000, 20000, 28000, 32768))
+
+
+@dataclass(frozen=True)
+class ProjectionShape:
+    """x [1, M, C] to q [1, M, H, D], k and v [1, M, G, D], the first 2R of D rotated."""
+
+    name: str
+    C: int
+    H: int
+    G: int
+    D: int
+    R: int
+    has_bias: bool = False
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        return (self.H, self.G, self.G)
+
+    @property
+    def weight(self) -> tuple[int, int]:
+        """Of q, k and v in one."""
+        return (sum(self.heads) * self.D, self.C)
+
+    def __str__(self) -> str:
+        bias = ", with bias" if self.has_bias else ""
+        return f"C {self.C}, H {self.H}, G {self.G}, D {self.D}, 2R {2 * self.R}{bias}"
+
+
+LLAMA_2_7B = ProjectionShape("Llama-2-7B", C=4096, H=32, G=32, D=128, R=64)
+# Mixtral-8x7B's too.
+LLAMA_3_8B = ProjectionShape("Llama-3-8B", C=4096, H=32, G=8, D=128, R=64)
+MIXTRAL_8X22B = ProjectionShape("Mixtral-8x22B", C=6144, H=48, G=8, D=128, R=64)
+PHI_2 = ProjectionShape("Phi-2", C=2560, H=32, G=32, D=80, R=16, has_bias=True)
+PROJECTIONS = (LLAMA_2_7B, LLAMA_3_8B, MIXTRAL_8X22B, PHI_2)

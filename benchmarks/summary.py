@@ -139,6 +139,26 @@ def decode_table(cases: Iterable[Info]) -> str:
     return markdown_table([*header, "over the floor", "bytes per key (counted)", "GB/s"], rows)
 
 
+def qkv_table(cases: Iterable[Info]) -> str:
+    """Projections with rotary, forward, in the order they ran: latencies, and how near they come to the machine's."""
+    rows = []
+    for info in cases:
+        if info["section"] == "qkv" and info["curves"]:
+            curves, names = info["curves"], (info["ours"], info["floor"], info["curves"]["three"], info["rival"])
+            latencies = [info["seconds"].get(name, math.nan) for name in names]
+            ours, floor, three, _ = latencies
+            rows.append(
+                [
+                    info["case"],
+                    *(duration(seconds) for seconds in latencies),
+                    *(number(ratio, "x") for ratio in (ours / floor, ours / three, info["ratio"])),
+                    *(f"{curves[count] / ours / 1e9:.3g}" for count in ("operations", "bytes")),
+                ]
+            )
+    header = ["case", "qkv_rotary", "one linear", "three linears", "rival", "over one linear", "over three linears"]
+    return markdown_table([*header, "faster than the rival", "GFLOP/s", "GB/s of weights"], rows)
+
+
 def number(value: float, unit: str = "") -> str:
     """Short and readable: 0.708x, 1,043x, 3.1e-13, 172."""
     if not math.isfinite(value):
