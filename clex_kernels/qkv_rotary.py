@@ -107,6 +107,9 @@ def _qkv_rotary(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     # imported at the first call: Triton does not exist on every platform.
     from clex_kernels.kernels.qkv_rotary import launch_qkv_rotary
 
+    # the kernel reads along C.
+    x, *dense = (y if y is None or y.stride(-1) == 1 else y.contiguous() for y in (x, *weights))
+    weights = Weights(*dense)
     qkv, k_rotated = _empty_outputs(x, weights, num_heads, num_kv_heads, keys)
     outs, extra = _heads_of(qkv, num_heads, num_kv_heads), k_rotated if keys == "both" else None
     tables = Tables(coarse, fine, positions, index)
