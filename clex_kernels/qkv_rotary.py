@@ -2,9 +2,10 @@
 
     [q, k, v] = x W^T + bias        q, k = rotary(q, k), as in rotary.py
 
-Two ways lead there. The Triton kernel (kernels/qkv_rotary.py) rotates in the epilogue of the product, before q and k
-are written for the first time. The other multiplies, then rotates q and k where they lie, in the packed result:
-v is not touched again. `choose_backend` says which is taken where.
+Two ways lead there. The Triton kernel (kernels/qkv_rotary.py), and for few tokens on the CPU the C++ one
+(csrc/qkv_rotary.cpp), rotate in the epilogue of the product, before q and k are written for the first time. The other
+way takes torch's product, then rotates q and k where they lie, in the packed result: v is not touched again.
+`choose_backend` says which is taken on a GPU.
 
 Backward, with dq, dk and dv as they come:
 
@@ -45,7 +46,7 @@ library.define(
 
 
 def _heads_of(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as views of [B, L, H + 2G, D] (or of [(H + 2G) ...], along the dimension before the last)."""
+    """q, k and v as views of [B, L, H + 2G, D]."""
     return qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=-2)
 
 
@@ -98,7 +99,7 @@ def _multiply_and_rotate(
     return qkv, k_rotated
 
 
-def _qkv_rotary(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _qkv_rotary_cuda(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     weights, (_, coarse, fine, positions, *rest) = Weights(*arguments[:_WEIGHTS]), arguments[_WEIGHTS:]
     index, position_ids, offset, num_heads, num_kv_heads, keys, fused = rest
     if not fused:
@@ -120,8 +121,16 @@ def _qkv_rotary(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return qkv, k_rotated
 
 
-library.impl("qkv_rotary", _qkv_rotary, "CPU")
-library.impl("qkv_rotary", _qkv_rotary, "CUDA")
+library.impl("qkv_rotary", _qkv_rotary_cuda, "CUDA")
+
+
+def _run_below_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The operator where nothing is to be recorded: its own way there is Python.
+
+    That takes 0.1 ms where weights have just emptied the caches (one token of Llama-3-8B: 1.5 ms, 2 cores of Zen 4).
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.clex.qkv_rotary.default(*arguments)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], q: Tensor, k: Tensor) -> None:
@@ -175,7 +184,7 @@ class _QkvRotary(torch.autograd.Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         *_, num_heads, num_kv_heads, keys, _ = arguments
-        qkv, k_rotated = torch.ops.clex.qkv_rotary(*arguments)
+        qkv, k_rotated = _run_below_autograd(*arguments)
         return _outputs(*(part.data for part in _heads_of(qkv, num_heads, num_kv_heads)), k_rotated, keys)
 
     @staticmethod
@@ -220,8 +229,10 @@ def choose_backend(x: Tensor) -> Literal["triton", "linear"]:
     - but "linear" where cuBLAS multiplies from shared and tensor memory (9, 10, 11), farther ahead of Triton than
       that pass is long, and on AMD.
 
-    "linear" also in fp32, which this package's kernels leave to the plain cores, and on the CPU. A rule from reading
-    and counting: nobody has timed it on a GPU yet; benchmarks/bench_qkv_rotary.py does.
+    "linear" also in fp32, which this package's kernels leave to the plain cores. A rule from reading and counting:
+    nobody has timed it on a GPU yet; benchmarks/bench_qkv_rotary.py does. On the CPU there is no choice, "linear" by
+    name: up to 32 tokens C++ multiplies and rotates (half the time of torch's product alone for one token of
+    Llama-3-8B), beyond them torch multiplies.
     """
     if x.device.type != "cuda" or x.dtype == torch.float32 or torch.version.hip is not None:
         return "linear"
@@ -263,7 +274,7 @@ def qkv_rotary(
         keys: "rotated", "raw" for a cache of raw keys, or "both".
         position_ids: int64 [B or 1, L], each token's row of the table; default 0..L-1.
         backend: on a GPU, "triton" (one kernel), "linear" (torch's product, then rotary in place) or "auto"
-            (`choose_backend`); on the CPU "linear".
+            (`choose_backend`); on the CPU "linear" or "auto".
         debug: also check values that live on a device (synchronises); otherwise a bad position there, or anywhere in
             compiled code, gives NaN rows.
 
@@ -289,7 +300,6 @@ def qkv_rotary(
     wants_grad = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, *weights, freq))
     if wants_grad and not torch.compiler.is_compiling():
         return _QkvRotary.apply(*arguments)
-    # eager code without gradients needs no operator around operators, which takes longer than their checks.
-    run = torch.ops.clex.qkv_rotary if torch.compiler.is_compiling() else _qkv_rotary
+    run = torch.ops.clex.qkv_rotary if torch.compiler.is_compiling() else _run_below_autograd
     qkv, k_rotated = run(*arguments)
     return _outputs(*_heads_of(qkv, num_heads, num_kv_heads), k_rotated, keys)

@@ -1,46 +1,8 @@
-#include "bindings.h"
+#include "bindings_rotary.h"
 
 #include "rotary.h"
 
 namespace {
-
-clex::RotaryTensor rotary_tensor(const Tensor& source, const Tensor& target) {
-  clex::RotaryTensor tensor;
-  tensor.heads = source.size(2);
-  tensor.source = source.const_data_ptr();
-  tensor.target = target.mutable_data_ptr();
-  clex::set_strides(source, tensor.source_strides);
-  clex::set_strides(target, tensor.target_strides);
-  return tensor;
-}
-
-// everything but the tensors to rotate.
-clex::RotaryCall rotary_call(const Tensor& q, const Tensor& coarse, const Tensor& fine,
-                             const std::optional<Tensor>& positions, const std::optional<Tensor>& index,
-                             const std::optional<Tensor>& position_ids, int64_t offset) {
-  clex::RotaryCall call;
-  call.element = clex::element_of(q);
-  call.batch = q.size(0);
-  call.length = q.size(1);
-  call.dim = q.size(3);
-  call.offset = offset;
-  clex::set_tables(coarse, fine, call);
-  if (positions) {
-    call.positions = positions->const_data_ptr<double>();
-    call.positions_strides[0] = positions->size(0) == 1 ? 0 : positions->stride(0);
-    call.positions_strides[1] = positions->stride(1);
-  }
-  if (index) {
-    call.index = index->const_data_ptr<int64_t>();
-    call.index_stride = index->stride(0);
-  }
-  if (position_ids) {
-    call.position_ids = position_ids->const_data_ptr<int64_t>();
-    call.position_ids_strides[0] = position_ids->size(0) == 1 ? 0 : position_ids->stride(0);
-    call.position_ids_strides[1] = position_ids->stride(1);
-  }
-  return call;
-}
 
 // of strides that overlap empty_like may make ones without unit stride in D.
 Tensor fresh_like(const Tensor& x) {
@@ -50,21 +12,14 @@ Tensor fresh_like(const Tensor& x) {
   return y;
 }
 
-void rotate_tokens(const clex::RotaryCall& call) {
-  const int64_t token_size = (call.tensors[0].heads + call.tensors[1].heads) * call.dim;
-  const int64_t grain = 32768 / (token_size + 1) + 1;
-  torch::stable::parallel_for(0, call.batch * call.length, grain,
-                              [&](int64_t begin, int64_t end) { clex::rotary(call, begin, end); });
-}
-
 void rotary_out_cpu(const Tensor& q, const std::optional<Tensor>& k, const Tensor& coarse, const Tensor& fine,
                     const std::optional<Tensor>& index, const std::optional<Tensor>& position_ids,
                     int64_t offset, bool conjugate, const Tensor& q_out, const std::optional<Tensor>& k_out) {
-  clex::RotaryCall call = rotary_call(q, coarse, fine, std::nullopt, index, position_ids, offset);
+  clex::RotaryCall call = clex::rotary_call(q, coarse, fine, std::nullopt, index, position_ids, offset);
   call.conjugate = conjugate;
-  call.tensors[0] = rotary_tensor(q, q_out);
-  if (k) call.tensors[1] = rotary_tensor(*k, *k_out);
-  rotate_tokens(call);
+  call.tensors[0] = clex::rotary_tensor(q, q_out);
+  if (k) call.tensors[1] = clex::rotary_tensor(*k, *k_out);
+  clex::rotate_tokens(call);
 }
 
 void rotary_in_place_cpu(const Tensor& q, const std::optional<Tensor>& k, const Tensor& coarse,
@@ -91,12 +46,12 @@ Tensor rotary_bwd_out_cpu(const Tensor& dq_out, const std::optional<Tensor>& dk_
                           const std::optional<Tensor>& k_out, const Tensor& coarse, const Tensor& fine,
                           const std::optional<Tensor>& positions, const std::optional<Tensor>& index,
                           const std::optional<Tensor>& position_ids, int64_t offset) {
-  clex::RotaryCall call = rotary_call(dq_out, coarse, fine, positions, index, position_ids, offset);
+  clex::RotaryCall call = clex::rotary_call(dq_out, coarse, fine, positions, index, position_ids, offset);
   call.conjugate = true;
-  call.tensors[0] = rotary_tensor(dq_out, dq);
-  if (dk_out) call.tensors[1] = rotary_tensor(*dk_out, *dk);
+  call.tensors[0] = clex::rotary_tensor(dq_out, dq);
+  if (dk_out) call.tensors[1] = clex::rotary_tensor(*dk_out, *dk);
   if (!q_out) {
-    rotate_tokens(call);
+    clex::rotate_tokens(call);
     return torch::stable::new_empty(dq_out, {0}, ScalarType::Double);
   }
   const std::optional<Tensor>* saved[] = {&q_out, &k_out};

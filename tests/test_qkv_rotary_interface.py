@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from clex_kernels import reference
-from clex_kernels.qkv_rotary import FEW_TOKENS, _qkv_rotary, _QkvRotary, choose_backend, qkv_rotary
+from clex_kernels.qkv_rotary import FEW_TOKENS, _qkv_rotary_cuda, _QkvRotary, choose_backend, qkv_rotary
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 B, L, C, H, G, D, R = 2, 9, 20, 4, 2, 16, 8
@@ -213,7 +213,7 @@ def test_both_backends_for_cuda_agree_with_the_cpu(keys: str, parts: int) -> Non
     with interpreted(), torch.no_grad():
         expected = torch.ops.clex.qkv_rotary(*arguments, False)
         for fused in (True, False):
-            for mine, its in zip(_qkv_rotary(*arguments, fused), expected, strict=True):
+            for mine, its in zip(_qkv_rotary_cuda(*arguments, fused), expected, strict=True):
                 torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)
 
 
