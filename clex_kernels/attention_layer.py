@@ -3,7 +3,7 @@
 Tokens that stand at the rows 0 .. L - 1 of a table that is known are rotated by the projection, and attention gets
 rotated q and k. Attention rotates where it alone finds out where tokens stand or which table is theirs (packed
 sequences, offsets, a stack that is chosen from by length), and where the projection has to be called, being another
-module than it was (LoRA, quantized weights) or having hooks.
+module or forward than it was (LoRA, offloading), having quantized weights, or having hooks.
 """
 
 from typing import Any
@@ -182,7 +182,9 @@ def _picks_by_length(table: RotaryTable | RotaryTableStack) -> bool:
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module does what its weight and bias say and nothing else."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is nn.Linear and not any(hooks)
+    is_replaced = type(module) is not nn.Linear or "forward" in vars(module)
+    is_watched = any(hooks) or nn.modules.module._has_any_global_hook()
+    return not (is_replaced or is_watched) and type(module.weight) in (Tensor, nn.Parameter)
 
 
 def _lengths(

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from clex_kernels.attention_terms import Tables
 from clex_kernels.autocast import autocast
 from clex_kernels.extension import library
-from clex_kernels.qkv_rotary_checks import OneOrThree, Weights, check_choices, check_projection
+from clex_kernels.qkv_rotary_checks import KEYS, OneOrThree, Weights, check_choices, check_projection
 from clex_kernels.rotary_checks import check_no_tangent, check_positions, stacked
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
@@ -41,7 +41,8 @@ _WEIGHTS = len(Weights._fields)
 library.define(
     "qkv_rotary(Tensor x, Tensor weight, Tensor? k_weight, Tensor? v_weight, Tensor? bias, Tensor? k_bias, "
     "Tensor? v_bias, Tensor freq, Tensor coarse, Tensor fine, Tensor? positions, Tensor? index, Tensor? position_ids, "
-    "SymInt offset, SymInt num_heads, SymInt num_kv_heads, str keys, bool fused) -> (Tensor qkv, Tensor k_rotated)"
+    "SymInt offset, SymInt num_heads, SymInt num_kv_heads, bool rotated_keys, bool raw_keys, "
+    "bool fused) -> (Tensor qkv, Tensor k_rotated)"
 )
 
 
@@ -50,15 +51,16 @@ def _heads_of(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, T
     return qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=-2)
 
 
-def _empty_outputs(x: Tensor, weights: Weights, num_heads: int, num_kv_heads: int, keys: str) -> tuple[Tensor, Tensor]:
+def _empty_outputs(x: Tensor, weights: Weights, num_heads: int, num_kv_heads: int, both: bool) -> tuple[Tensor, Tensor]:
+    """qkv, and k_rotated where raw keys are wanted beside rotated ones."""
     dims = weights.weight.shape[0] // (num_heads + 2 * num_kv_heads if weights.is_packed else num_heads)
     qkv = x.new_empty((*x.shape[:2], num_heads + 2 * num_kv_heads, dims))
-    return qkv, x.new_empty((*x.shape[:2], num_kv_heads, dims) if keys == "both" else 0)
+    return qkv, x.new_empty((*x.shape[:2], num_kv_heads, dims) if both else 0)
 
 
 def _qkv_rotary_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *_, num_heads, num_kv_heads, keys, _ = arguments
-    return _empty_outputs(x, Weights(*arguments[:_WEIGHTS]), num_heads, num_kv_heads, keys)
+    *_, num_heads, num_kv_heads, rotated_keys, raw_keys, _ = arguments
+    return _empty_outputs(x, Weights(*arguments[:_WEIGHTS]), num_heads, num_kv_heads, rotated_keys and raw_keys)
 
 
 torch.library.register_fake("clex::qkv_rotary", _qkv_rotary_fake, lib=library)
@@ -81,42 +83,38 @@ def _multiply(x: Tensor, weights: Weights, num_heads: int, num_kv_heads: int) ->
 
 
 def _multiply_and_rotate(
-    x: Tensor,
-    weights: Weights,
-    tables: tuple[Any, ...],
-    num_heads: int,
-    num_kv_heads: int,
-    keys: str,
+    x: Tensor, weights: Weights, where: tuple[Any, ...], num_heads: int, num_kv_heads: int, keys: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
+    """The product, then q rotated in place, and k there, or where raw ones are kept beside them; `keys` as in KEYS."""
     qkv = _multiply(x, weights, num_heads, num_kv_heads)
-    rotated = num_heads + num_kv_heads if keys == "rotated" else num_heads
-    torch.ops.clex.rotary_(qkv[:, :, :rotated], None, *tables, False)
-    if keys != "both":
-        return qkv, x.new_empty(0)
-    k = qkv[:, :, num_heads : num_heads + num_kv_heads]
+    q, k, _ = _heads_of(qkv, num_heads, num_kv_heads)
+    torch.ops.clex.rotary_(q, k if keys == KEYS["rotated"] else None, *where, False)
+    if keys != KEYS["both"]:
+        return qkv, qkv.new_empty(0)
     k_rotated = torch.empty_like(k, memory_format=torch.contiguous_format)
-    torch.ops.clex.rotary_out(k, None, *tables, False, k_rotated, None)
+    torch.ops.clex.rotary_out(k, None, *where, False, k_rotated, None)
     return qkv, k_rotated
 
 
 def _qkv_rotary_cuda(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    weights, (_, coarse, fine, positions, *rest) = Weights(*arguments[:_WEIGHTS]), arguments[_WEIGHTS:]
-    index, position_ids, offset, num_heads, num_kv_heads, keys, fused = rest
+    weights, (_, coarse, fine, positions, index, *rest) = Weights(*arguments[:_WEIGHTS]), arguments[_WEIGHTS:]
+    position_ids, offset, num_heads, num_kv_heads, rotated_keys, raw_keys, fused = rest
     if not fused:
         where = (coarse, fine, index, position_ids, offset)
-        return _multiply_and_rotate(x, weights, where, num_heads, num_kv_heads, keys)
+        return _multiply_and_rotate(x, weights, where, num_heads, num_kv_heads, (rotated_keys, raw_keys))
     # imported at the first call: Triton does not exist on every platform.
     from clex_kernels.kernels.qkv_rotary import launch_qkv_rotary
 
     # the kernel reads along C.
     x, *dense = (y if y is None or y.stride(-1) == 1 else y.contiguous() for y in (x, *weights))
     weights = Weights(*dense)
-    qkv, k_rotated = _empty_outputs(x, weights, num_heads, num_kv_heads, keys)
-    outs, extra = _heads_of(qkv, num_heads, num_kv_heads), k_rotated if keys == "both" else None
+    both = rotated_keys and raw_keys
+    qkv, k_rotated = _empty_outputs(x, weights, num_heads, num_kv_heads, both)
+    outs, extra = _heads_of(qkv, num_heads, num_kv_heads), k_rotated if both else None
     tables = Tables(coarse, fine, positions, index)
     launch_qkv_rotary(
         *(x, *weights.split(num_heads, num_kv_heads), outs, extra),
-        *(tables, position_ids, offset, (True, keys != "raw")),
+        *(tables, position_ids, offset, (True, rotated_keys)),
     )
     return qkv, k_rotated
 
@@ -134,11 +132,19 @@ def _run_below_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], q: Tensor, k: Tensor) -> None:
-    """Saves a call's inputs and, where freq wants a gradient, what of q and k is rotated."""
+    """Saves what gradients that are wanted need: x, weights, and for dfreq what of q and k is rotated."""
     x, weights = inputs[0], Weights(*inputs[1 : 1 + _WEIGHTS])
-    freq, *tables, ctx.offset, ctx.num_heads, ctx.num_kv_heads, ctx.keys, _ = inputs[1 + _WEIGHTS :]
-    rotated = (q, None if ctx.keys == "raw" else k) if freq.requires_grad else (None, None)
-    ctx.save_for_backward(x, *weights[:3], *rotated, *tables)
+    *tables, ctx.offset, _, _, ctx.rotated_keys, _, _ = inputs[1 + _WEIGHTS + 1 :]
+    needs_x, *needs_weights = ctx.needs_input_grad[:4]
+    needs_freq = ctx.needs_input_grad[1 + _WEIGHTS]
+    ctx.rows = [weight.shape[0] for weight in weights[:3] if weight is not None]
+    ctx.save_for_backward(
+        x if any(needs_weights) else None,
+        *(weights[:3] if needs_x else (None, None, None)),
+        q if needs_freq else None,
+        k if needs_freq and ctx.rotated_keys else None,
+        *tables,
+    )
 
 
 def _gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dk_raw: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -149,7 +155,7 @@ def _gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dk_raw: Tensor | No
     q_part, k_part, v_part = _heads_of(dqkv, dq.shape[2], dk.shape[2])
     v_part.copy_(dv)
     turned, into = [dq, dk], [q_part, k_part]
-    if ctx.keys == "raw":
+    if not ctx.rotated_keys:
         k_part.copy_(dk)
         turned[1] = into[1] = None
     # the gradient of a sum is an expanded scalar, and the kernels need unit stride in D.
@@ -158,24 +164,23 @@ def _gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dk_raw: Tensor | No
     dfreq = torch.ops.clex.rotary_bwd_out(*turned, *into, q, k, *tables, ctx.offset)
     if dk_raw is not None:
         k_part.add_(dk_raw)
-    return *_product_gradients(ctx, x, weights, dqkv), None if q is None else dfreq, *[None] * 10
+    return *_product_gradients(ctx, x, weights, dqkv), None if q is None else dfreq, *[None] * 11
 
 
-def _product_gradients(ctx: Any, x: Tensor, weights: list[Tensor | None], dqkv: Tensor) -> list[Tensor | None]:
+def _product_gradients(ctx: Any, x: Tensor | None, weights: list[Tensor | None], dqkv: Tensor) -> list[Tensor | None]:
     """dx and the gradients of weights and biases, where they are needed."""
     needs_x, *needs = ctx.needs_input_grad[: 1 + _WEIGHTS]
-    weights = [weight for weight in weights if weight is not None]
-    rows, flat = x.reshape(-1, x.shape[2]), dqkv.view(-1, dqkv.shape[2] * dqkv.shape[3])
-    parts = flat.split([weight.shape[0] for weight in weights], dim=1)
+    parts = dqkv.view(-1, dqkv.shape[2] * dqkv.shape[3]).split(ctx.rows, dim=1)
+    rows = None if x is None else x.reshape(-1, x.shape[2])
     dx, dweights, dbiases = None, [None] * 3, [None] * 3
-    for i, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+    for i, part in enumerate(parts):
         if needs_x:
-            dx = torch.mm(part, weight) if dx is None else torch.addmm(dx, part, weight)
+            dx = torch.mm(part, weights[i]) if dx is None else torch.addmm(dx, part, weights[i])
         if needs[i]:
             dweights[i] = torch.mm(part.t(), rows)
         if needs[3 + i]:
             dbiases[i] = part.sum(0)
-    return [None if dx is None else dx.view(x.shape), *dweights, *dbiases]
+    return [None if dx is None else dx.view(*dqkv.shape[:2], dx.shape[1]), *dweights, *dbiases]
 
 
 class _QkvRotary(torch.autograd.Function):
@@ -183,9 +188,10 @@ class _QkvRotary(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        *_, num_heads, num_kv_heads, keys, _ = arguments
+        *_, num_heads, num_kv_heads, rotated_keys, raw_keys, _ = arguments
         qkv, k_rotated = _run_below_autograd(*arguments)
-        return _outputs(*(part.data for part in _heads_of(qkv, num_heads, num_kv_heads)), k_rotated, keys)
+        parts = (part.data for part in _heads_of(qkv, num_heads, num_kv_heads))
+        return _outputs(*parts, k_rotated, rotated_keys and raw_keys)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -197,19 +203,20 @@ class _QkvRotary(torch.autograd.Function):
         return _gradients(ctx, dq, dk, dv, dk_raw)
 
 
-def _outputs(q: Tensor, k: Tensor, v: Tensor, k_rotated: Tensor, keys: str) -> tuple[Tensor, ...]:
-    return (q, k_rotated, v, k) if keys == "both" else (q, k, v)
+def _outputs(q: Tensor, k: Tensor, v: Tensor, k_rotated: Tensor, both: bool) -> tuple[Tensor, ...]:
+    return (q, k_rotated, v, k) if both else (q, k, v)
 
 
 def _setup_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, k_rotated = output
-    *_, num_heads, num_kv_heads, keys, _ = inputs
-    _keep(ctx, inputs, *_outputs(*_heads_of(qkv, num_heads, num_kv_heads), k_rotated, keys)[:2])
+    *_, ctx.num_heads, ctx.num_kv_heads, rotated_keys, raw_keys, _ = inputs
+    ctx.both = rotated_keys and raw_keys
+    _keep(ctx, inputs, *_outputs(*_heads_of(qkv, ctx.num_heads, ctx.num_kv_heads), k_rotated, ctx.both)[:2])
 
 
 @once_differentiable
 def _operator_backward(ctx: Any, dqkv: Tensor, dk_rotated: Tensor) -> tuple[Any, ...]:
-    dq, dk, dv, *dk_raw = _outputs(*_heads_of(dqkv, ctx.num_heads, ctx.num_kv_heads), dk_rotated, ctx.keys)
+    dq, dk, dv, *dk_raw = _outputs(*_heads_of(dqkv, ctx.num_heads, ctx.num_kv_heads), dk_rotated, ctx.both)
     return _gradients(ctx, dq, dk, dv, *dk_raw or [None])
 
 
@@ -257,8 +264,9 @@ def qkv_rotary(
 ) -> tuple[Tensor, ...]:
     """Projects hidden states to q, k and v, with q, and k as `keys` says, rotated; differentiable in all of them.
 
-    q, k and v share memory: each may be written to in place, but keeps all three alive. What follows tells `attention`
-    what has been rotated: rotated="qk", or with raw keys rotated="q", as for decode_attention over raw cached keys.
+    q, k and v share memory: each keeps all three alive, and in eager code may be written to in place. What follows
+    tells `attention` what has been rotated: rotated="qk", or with raw keys rotated="q", as for decode_attention over
+    raw cached keys.
     Reentrant checkpointing: see apply_rotary.
 
     Args:
@@ -276,7 +284,7 @@ def qkv_rotary(
         backend: on a GPU, "triton" (one kernel), "linear" (torch's product, then rotary in place) or "auto"
             (`choose_backend`); on the CPU "linear" or "auto".
         debug: also check values that live on a device (synchronises); otherwise a bad position there, or anywhere in
-            compiled code, gives NaN rows.
+            compiled code, gives NaN where q and k are rotated.
 
     Returns:
         (q [B, L, H, D], k [B, L, G, D], v [B, L, G, D]); with keys="both" (q, k, v, raw k).
@@ -296,10 +304,11 @@ def qkv_rotary(
     if backend == "auto":
         backend = choose_backend(x)
     tables = (freq, coarse, fine, positions, index, position_ids, offset)
-    arguments = (x, *weights, *tables, num_heads, num_kv_heads, keys, backend == "triton")
+    rotated_keys, raw_keys = KEYS[keys]
+    arguments = (x, *weights, *tables, num_heads, num_kv_heads, rotated_keys, raw_keys, backend == "triton")
     wants_grad = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, *weights, freq))
     if wants_grad and not torch.compiler.is_compiling():
         return _QkvRotary.apply(*arguments)
     run = torch.ops.clex.qkv_rotary if torch.compiler.is_compiling() else _run_below_autograd
     qkv, k_rotated = run(*arguments)
-    return _outputs(*_heads_of(qkv, num_heads, num_kv_heads), k_rotated, keys)
+    return _outputs(*_heads_of(qkv, num_heads, num_kv_heads), k_rotated, rotated_keys and raw_keys)

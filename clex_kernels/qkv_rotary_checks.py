@@ -9,7 +9,8 @@ from torch import Tensor
 
 from clex_kernels.rotary_checks import DTYPES, check_kind
 
-KEYS = ("rotated", "raw", "both")
+# by name: whether rotated keys are given, and whether raw ones are.
+KEYS = {"rotated": (True, False), "raw": (False, True), "both": (True, True)}
 BACKENDS = ("auto", "triton", "linear")
 
 OneOrThree = Tensor | Sequence[Tensor]
@@ -33,6 +34,9 @@ class Weights(NamedTuple):
             several = isinstance(given, (tuple, list))
             if several and len(given) != 3:
                 raise ValueError(f"{name}: expected one tensor or those of (q, k, v), got {len(given)}")
+            for i, part in enumerate(given if several else ()):
+                if not isinstance(part, Tensor):
+                    raise TypeError(f"{name}[{i}] ({'qkv'[i]}): expected a tensor, got {type(part).__name__}")
             parts.append(tuple(given) if several else (given, None, None))
         if bias is not None and isinstance(weight, (tuple, list)) != isinstance(bias, (tuple, list)):
             raise ValueError("bias: expected one tensor where weight is one, or those of (q, k, v) where it is three")
@@ -54,7 +58,7 @@ class Weights(NamedTuple):
 
 def check_choices(x: Tensor, keys: str, backend: str) -> None:
     """The two choices by name, and that the backend exists where x is."""
-    for name, value, choices in (("keys", keys, KEYS), ("backend", backend, BACKENDS)):
+    for name, value, choices in (("keys", keys, tuple(KEYS)), ("backend", backend, BACKENDS)):
         if value not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
     if backend == "triton" and x.device.type == "cpu":
@@ -96,8 +100,8 @@ def _check_input(x: Tensor) -> None:
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES or (x.dtype == torch.float64 and x.device.type == "cuda"):
         raise TypeError(f"x: expected float32, float16, bfloat16, or float64 on the CPU, got {x.dtype}")
-    if x.dim() != 3:
-        raise ValueError(f"x: expected shape [B, L, C], got {list(x.shape)}")
+    if x.dim() != 3 or x.shape[2] == 0:
+        raise ValueError(f"x: expected shape [B, L, C], C at least 1, got {list(x.shape)}")
 
 
 def _head_dim(x: Tensor, name: str, weight: Any, heads: int, rows: str) -> int:

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <array>
-#include <string>
 
 #include "bindings_rotary.h"
 #include "qkv_rotary.h"
@@ -113,11 +112,11 @@ std::tuple<Tensor, Tensor> qkv_rotary_cpu(
     const std::optional<Tensor>& v_bias, const Tensor& /* freq */, const Tensor& coarse, const Tensor& fine,
     const std::optional<Tensor>& /* positions */, const std::optional<Tensor>& index,
     const std::optional<Tensor>& position_ids, int64_t offset, int64_t num_heads, int64_t num_kv_heads,
-    const std::string& keys_as, bool /* fused */) {
+    bool rotated_keys, bool raw_keys, bool /* fused */) {
   const Parts weights{weight, k_weight, v_weight}, biases{bias, k_bias, v_bias};
   Heads heads{{num_heads, num_kv_heads, num_kv_heads}, 0};
   heads.dim = weight.size(0) / (k_weight ? num_heads : heads.all());
-  const Keys keys{keys_as != "raw", keys_as == "both"};
+  const Keys keys{rotated_keys, rotated_keys && raw_keys};
   const int64_t batch = x.size(0), length = x.size(1);
   const bool few = batch * length <= kFewTokens && has_dense_rows(weights);
   Tensor k_rotated = keys.both ? torch::stable::new_empty(x, {batch, length, num_kv_heads, heads.dim})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import clex_kernels.qkv_rotary  # noqa: F401 (defines the operator)
 from clex_kernels import reference
+from clex_kernels.qkv_rotary_checks import KEYS
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -94,7 +95,7 @@ def project(
     positions = (None, index, where.get("position_ids"), where.get("offset", 0))
     with torch.no_grad():
         qkv, k_rotated = torch.ops.clex.qkv_rotary(
-            x, *parts[0], *parts[1], *tables, *positions, shape.h, shape.g, keys, False
+            x, *parts[0], *parts[1], *tables, *positions, shape.h, shape.g, *KEYS[keys], False
         )
     assert qkv.shape == (*x.shape[:2], shape.h + 2 * shape.g, shape.d)
     assert qkv.is_contiguous()

@@ -1,5 +1,7 @@
 """How qkv_rotary may be called: compiled, under autocast, checkpointed, by either backend, and wrongly."""
 
+import ctypes
+import functools
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clex_kernels import reference
 from clex_kernels.qkv_rotary import FEW_TOKENS, _qkv_rotary_cuda, _QkvRotary, choose_backend, qkv_rotary
+from clex_kernels.qkv_rotary_checks import KEYS
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 B, L, C, H, G, D, R = 2, 9, 20, 4, 2, 16, 8
@@ -46,6 +49,26 @@ def gradients_of(loss: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]
 def assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     for mine, its in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5 * max(its.abs().max().item(), 1))
+
+
+@functools.cache
+def make_table_once() -> RotaryTable:
+    return make_table()
+
+
+class Counters(ctypes.Structure):
+    """What mallinfo2 returns; the eighth is the bytes in use."""
+
+    _fields_ = (("values", ctypes.c_size_t * 10),)
+
+
+def allocated() -> int:
+    """Bytes that the C library has given out."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallinfo2"):
+        pytest.skip("the C library has no mallinfo2")
+    library.mallinfo2.restype = Counters
+    return library.mallinfo2().values[7]
 
 
 @pytest.mark.parametrize("keys", ["rotated", "raw", "both"])
@@ -149,6 +172,26 @@ def test_second_and_forward_mode_derivatives_are_refused() -> None:
         torch.func.jvp(lambda x: qkv_rotary(x, weight, make_table(), H, G)[0], (x,), (x,))
 
 
+def test_only_what_gradients_need_is_kept() -> None:
+    x, weight, bias, _ = leaves()
+    for needed, changed in ((x, x), (weight, weight), (bias, x)):
+        operands = [part.detach().requires_grad_(part is needed) * 1 for part in (x, weight, bias)]
+        outs = qkv_rotary(operands[0], operands[1], make_table(), H, G, operands[2])
+        with torch.no_grad():
+            operands[0 if changed is x else 1].add_(1)
+        sum(out.sum() for out in outs).backward()
+
+
+def test_calls_leak_no_memory() -> None:
+    x, weight, bias, _ = (leaf.detach() for leaf in leaves())
+    before = []
+    for _ in range(2):
+        for _ in range(2000):
+            qkv_rotary(x, weight, make_table_once(), H, G, bias, keys="both")
+        before.append(allocated())
+    assert before[1] - before[0] < 16 * 2000
+
+
 def test_inference_mode() -> None:
     x, weight, bias, _ = (leaf.detach() for leaf in leaves())
     expected = qkv_rotary(x, weight, make_table(), H, G, bias)
@@ -178,7 +221,7 @@ def operator_arguments(keys: str = "rotated", parts: int = 1) -> tuple[Any, ...]
         weights = tuple(part.detach().clone().requires_grad_() for y in (weight, bias) for part in y.split(ROWS))
     positions, ids = torch.arange(128, dtype=torch.float64).expand(2, -1).contiguous(), torch.arange(L)[None]
     tables = (stack.freq.clone().requires_grad_(), stack.coarse, stack.fine, positions, torch.tensor([1, 0]), ids)
-    return (x, *weights, *tables, 3, H, G, keys, False)
+    return (x, *weights, *tables, 3, H, G, *KEYS[keys], False)
 
 
 @pytest.mark.parametrize(("keys", "parts"), [("rotated", 1), ("raw", 3), ("both", 1)])
@@ -262,7 +305,12 @@ def call(
 
 BAD = {
     "x-type": (TypeError, "x: expected a tensor, got list", {"x": [1.0]}),
-    "x-dims": (ValueError, r"x: expected shape \[B, L, C\], got \[9, 20\]", {"x": X[0]}),
+    "x-dims": (ValueError, r"x: expected shape \[B, L, C\], C at least 1, got \[9, 20\]", {"x": X[0]}),
+    "x-empty": (
+        ValueError,
+        r"x: expected shape \[B, L, C\], C at least 1, got \[2, 9, 0\]",
+        {"x": X[..., :0], "weight": WEIGHT[:, :0]},
+    ),
     "x-width": (
         ValueError,
         r"x: expected shape \[B, L, C\] with C = 20 as weight's, got \[2, 9, 19\]",
@@ -294,6 +342,12 @@ BAD = {
     ),
     "weight-v-width": (ValueError, r"weight\[2\] \(v\)", {"weight": (*PARTS[:2], PARTS[2][:, 1:])}),
     "bias-length": (ValueError, r"bias: expected shape \[\(H \+ 2G\) D\] = \[128\], got \[64\]", {"bias": BIAS[:64]}),
+    "bias-part": (
+        TypeError,
+        r"bias\[0\] \(q\): expected a tensor, got NoneType",
+        {"weight": PARTS, "bias": (None, *PARTS[1:])},
+    ),
+    "weight-part": (TypeError, r"weight\[1\] \(k\): expected a tensor, got NoneType", {"weight": (WEIGHT, None, None)}),
     "bias-form": (ValueError, "bias: expected one tensor where weight is one", {"bias": BIAS.split(ROWS)}),
     "bias-type": (TypeError, "bias: expected a tensor, got float", {"bias": 1.0}),
     "bias-dtype": (ValueError, "bias: expected x's dtype torch.float32, got torch.float64", {"bias": BIAS.double()}),
