@@ -3,7 +3,8 @@
 Tokens that stand at the rows 0 .. L - 1 of a table that is known are rotated by the projection, and attention gets
 rotated q and k. Attention rotates where it alone finds out where tokens stand or which table is theirs (packed
 sequences, offsets, a stack that is chosen from by length), and where the projection has to be called, being another
-module or forward than it was (LoRA, offloading), having quantized weights, or having hooks.
+module or forward than it was (LoRA, offloading), having quantized weights, or having hooks; and under autocast without
+gradients, which keeps the cast of a weight for calls of its module alone.
 """
 
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from clex_kernels.append import append_kv
 from clex_kernels.attention import attention
-from clex_kernels.attention_checks import check_per_sequence
+from clex_kernels.attention_checks import can_look, check_per_sequence
 from clex_kernels.config import ClexConfig, check_config, check_integer
 from clex_kernels.decode import decode_attention
+from clex_kernels.decode_checks import MAX_NEW_TOKENS
 from clex_kernels.qkv_rotary import qkv_rotary
+from clex_kernels.rotary_checks import check_kind
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 # options of `attention` that move tokens away from the rows 0 .. L - 1.
@@ -94,7 +97,7 @@ class ClexAttention(nn.Module):
         """
         self._check(x, table, options)
         moves = any(name in options for name in _MOVING)
-        if moves or _picks_by_length(table) or not _is_plain(self.qkv_proj):
+        if moves or _picks_by_length(table) or self._must_be_called():
             q, k, v = self._project(x)
             if v.requires_grad:
                 # attention saves v: a view of it would keep the raw q and k alive until the backward pass.
@@ -130,12 +133,14 @@ class ClexAttention(nn.Module):
             Of x's shape.
 
         Raises:
-            TypeError, ValueError: x, the table, a cache or an option, named, is wrong.
+            TypeError, ValueError: x, the table, a cache or an option, named, is wrong; the slots of the new tokens may
+                have been written to by then.
         """
         self._check(x, table, options)
         debug = options.get("debug", False)
-        if _is_plain(self.qkv_proj):
-            where = _positions(x, kv_end, debug)
+        kv_end = _check_slots(x, table, kv_end, options, debug)
+        if not self._must_be_called():
+            where = _positions(x, kv_end)
             if _picks_by_length(table):
                 table = table.select(_lengths(x, kv_end, **options))
             q, k, v = self._project_rotated(x, table, keys="raw", debug=debug, **where)
@@ -160,6 +165,9 @@ class ClexAttention(nn.Module):
             if name in options:
                 raise ValueError(f"{name}: expected no such option, since {reason}")
 
+    def _must_be_called(self) -> bool:
+        return not _is_plain(self.qkv_proj) or _casts_once(self.qkv_proj)
+
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim))
         return heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=-2)
@@ -177,6 +185,13 @@ class ClexAttention(nn.Module):
 def _picks_by_length(table: RotaryTable | RotaryTableStack) -> bool:
     """Whether a table is a stack of which the sequences' lengths choose."""
     return isinstance(table, RotaryTableStack) and table.index is None and table.train_length is not None
+
+
+def _casts_once(module: nn.Linear) -> bool:
+    """Whether autocast would cast the weight anew for qkv_rotary while it keeps that cast for calls of the module."""
+    device = module.weight.device.type
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return is_on and not torch.is_grad_enabled() and module.weight.dtype != torch.get_autocast_dtype(device)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -198,13 +213,32 @@ def _lengths(
     return kv_end if kv_start is None else kv_end - kv_start
 
 
-def _positions(x: Tensor, kv_end: int | Tensor, debug: bool) -> dict[str, Any]:
+def _check_slots(
+    x: Tensor, table: RotaryTable | RotaryTableStack, kv_end: int | Tensor, options: dict[str, Any], debug: bool
+) -> int | Tensor:
+    """kv_end, once it and what bounds the slots besides are found to fit x and the table."""
+    if x.shape[1] > MAX_NEW_TOKENS:
+        raise ValueError(f"x: expected L of at most {MAX_NEW_TOKENS} new tokens, got {x.shape[1]}")
+    named = {name: options.get(name) for name in ("kv_start", "lengths")} | {"kv_end": kv_end}
+    if not isinstance(kv_end, Tensor):
+        kv_end = check_integer("kv_end", named.pop("kv_end"))
+    for name, value in named.items():
+        if value is not None:
+            check_per_sequence(name, value, x.shape[0], None, x.device, debug)
+    check_kind(table)
+    if isinstance(kv_end, int) or (can_look(kv_end, debug) and len(kv_end)):
+        last = kv_end if isinstance(kv_end, int) else int(kv_end.max())
+        if last > table.length:
+            raise ValueError(f"table: expected positions for all keys up to kv_end = {last}, got one of {table.length}")
+    return kv_end
+
+
+def _positions(x: Tensor, kv_end: int | Tensor) -> dict[str, Any]:
     """Where the new tokens stand, at their slots; those before slot 0 are padding, and stand anywhere."""
-    batch, length = x.shape[:2]
+    length = x.shape[1]
     if isinstance(kv_end, Tensor):
-        check_per_sequence("kv_end", kv_end, batch, None, x.device, debug)
         slots = kv_end[:, None] - length + torch.arange(length, device=x.device)
-    elif check_integer("kv_end", kv_end) >= length:
+    elif kv_end >= length:
         return {"offset": kv_end - length}
     else:
         slots = torch.arange(kv_end - length, kv_end, device=x.device)[None]

@@ -7,7 +7,8 @@ from torch import Tensor
 def autocast(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """All tensors, those that autocast on the first one's device would cast in its dtype; differentiable.
 
-    As torch's own products have it: floating point but for fp64. What is no tensor stays, for checks to name.
+    As torch's own products have it: floating point but for fp64; but torch casts a parameter once for all calls within
+    one autocast region, and this casts it in every call. What is no tensor stays, for checks to name.
     """
     device = first.device.type if isinstance(first, Tensor) else "cpu"
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

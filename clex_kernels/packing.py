@@ -1,8 +1,9 @@
 """One weight for the projections to q, k and v of an existing module, and three again.
 
 `pack_qkv` replaces three torch.nn.Linear by one, `qkv_proj`, with their rows in the order q, k, v, as qkv_rotary takes
-them. Checkpoints do not notice: the module's state_dict keeps the names and shapes it had, as slices of the packed
-weight, and loads what has them. `unpack_qkv` puts three modules back, whose weights are these slices.
+them. state_dict and load_state_dict keep the names and shapes they had, with slices of the packed weight, so plain
+checkpoints do not notice. What goes by the names of parameters does (named_parameters, optimizers, functional_call,
+torch.distributed.checkpoint): it finds qkv_proj. `unpack_qkv` puts three modules back, whose weights are the slices.
 """
 
 from collections.abc import Sequence
@@ -32,12 +33,16 @@ def pack_qkv(module: nn.Module, names: Sequence[str] = NAMES) -> nn.Linear:
 
     Raises:
         TypeError: one of them is no plain torch.nn.Linear but, say, a LoRA or quantized layer.
-        ValueError: they differ in C, dtype, device or mode, or k and v in rows; one has hooks or shares its weight with
-            another; or there is a qkv_proj already.
+        ValueError: they differ in C, dtype, device or mode, or k and v in rows; one has hooks, a .grad or a weight that
+            is another's too; or there is a qkv_proj already.
     """
+    if hasattr(module, PACKED):
+        raise ValueError(f"module: expected no {PACKED} yet, got a {type(module).__name__} that has one")
+    names = tuple(names)
     rows = {name: _checked(module, name).out_features for name in names}
     _check_together(module, names, rows)
     packed = _empty_projection(getattr(module, names[0]), sum(rows.values()))
+    following = _modules_after(module, names[0], names)
     first = 0
     for name, count in rows.items():
         # no reference outlives the turn.
@@ -47,23 +52,26 @@ def pack_qkv(module: nn.Module, names: Sequence[str] = NAMES) -> nn.Linear:
         delattr(module, name)
         first += count
     setattr(module, PACKED, packed)
+    _move_to_end(module, following)
+    if not hasattr(module, _ROWS):
+        module.register_state_dict_post_hook(_unpack_state)
+        module.register_load_state_dict_pre_hook(_pack_state)
     setattr(module, _ROWS, rows)
-    module.register_state_dict_post_hook(_unpack_state)
-    module.register_load_state_dict_pre_hook(_pack_state)
     return packed
 
 
 def unpack_qkv(module: nn.Module) -> None:
-    """Puts the three projections back that `pack_qkv` replaced; nothing is copied, their weights share memory's block.
+    """Puts the three projections back that `pack_qkv` replaced; nothing is copied, their weights share one memory.
 
-    Raises ValueError if `module` is not packed.
+    Raises TypeError or ValueError if `module` is not packed, or its qkv_proj is not what `pack_qkv` made of it.
     """
-    if not hasattr(module, _ROWS):
+    rows = getattr(module, _ROWS, {})
+    if not rows:
         raise ValueError(f"module: expected one that pack_qkv packed, got {type(module).__name__}")
-    packed, rows = getattr(module, PACKED), getattr(module, _ROWS)
-    # the hooks stay, and find nothing to do.
+    packed, following = _checked(module, PACKED), _modules_after(module, PACKED, (PACKED,))
     delattr(module, PACKED)
-    delattr(module, _ROWS)
+    # without rows the hooks, which stay, find nothing to do.
+    setattr(module, _ROWS, {})
     first = 0
     for name, count in rows.items():
         linear = nn.Linear(packed.in_features, count, packed.bias is not None, device="meta")
@@ -72,6 +80,19 @@ def unpack_qkv(module: nn.Module) -> None:
             setattr(linear, kind, nn.Parameter(part, requires_grad=whole.requires_grad))
         setattr(module, name, linear.train(packed.training))
         first += count
+    _move_to_end(module, following)
+
+
+def _modules_after(module: nn.Module, name: str, leaving: Sequence[str]) -> list[str]:
+    """Names of the modules behind that one, but for those that leave."""
+    names = list(module._modules)
+    return [other for other in names[names.index(name) :] if other not in leaving]
+
+
+def _move_to_end(module: nn.Module, names: Sequence[str]) -> None:
+    """Puts new modules before those of that name: optimizers know parameters by their order."""
+    for name in names:
+        module._modules[name] = module._modules.pop(name)
 
 
 def _empty_projection(like: nn.Linear, rows: int) -> nn.Linear:
@@ -114,14 +135,14 @@ def _checked(module: nn.Module, name: str) -> nn.Linear:
     if type(linear) is not nn.Linear:
         raise TypeError(f"{name}: expected a torch.nn.Linear, got {type(linear).__name__}")
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    if any(hooks):
-        raise ValueError(f"{name}: expected no hooks, which would be lost, got some")
+    if any(hooks) or "forward" in vars(linear) or any(part._backward_hooks for part in linear.parameters()):
+        raise ValueError(f"{name}: expected no hooks and no forward of its own, which would be lost, got some")
+    if any(part.grad is not None for part in linear.parameters()):
+        raise ValueError(f"{name}: expected no .grad, which would be lost, got one; zero_grad() first")
     return linear
 
 
 def _check_together(module: nn.Module, names: Sequence[str], rows: dict[str, int]) -> None:
-    if hasattr(module, PACKED):
-        raise ValueError(f"module: expected no {PACKED} yet, got a {type(module).__name__} that has one")
     if len(names) != 3 or len(rows) != 3:
         raise ValueError(f"names: expected three different names, of q, k and v, got {list(names)}")
     q_rows, k_rows, v_rows = rows.values()
@@ -134,8 +155,9 @@ def _check_together(module: nn.Module, names: Sequence[str], rows: dict[str, int
         for what, expected, got in zip(("C", "parameters", "mode"), _traits(first), _traits(other), strict=True):
             if expected != got:
                 raise ValueError(f"{name}: expected {names[0]}'s {what}, {expected}, got {got}")
-    if len({id(linear.weight) for linear in (first, *others)}) < 3:
-        raise ValueError(f"{', '.join(names)}: expected weights of their own, got shared ones")
+    held = [id(part) for linear in (first, *others) for part in linear.parameters()]
+    if len(set(held)) < len(held):
+        raise ValueError(f"{', '.join(names)}: expected weights and biases of their own, got shared ones")
 
 
 def _traits(linear: nn.Linear) -> tuple[Any, ...]:

@@ -8,29 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from layers import C, assert_same, inputs, make_layer
 from ropes import CONFIG, make_rope, seeded
 from tolerance import assert_within_rule
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 
 from clex_kernels import attention_layer, reference
-from clex_kernels.config import ClexConfig
 from clex_kernels.modules import ClexAttention
 from clex_kernels.rotary import apply_rotary
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 Table = RotaryTable | RotaryTableStack
-C = 24
-
-
-def make_layer(config: ClexConfig = CONFIG, heads: int = 4, kv_heads: int | None = 2, **settings: Any) -> ClexAttention:
-    torch.manual_seed(0)
-    return ClexAttention(config, C, heads, kv_heads, **settings)
-
-
-def inputs(batch: int, length: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(batch, length, C, generator=seeded(1), dtype=torch.float64).to(dtype).requires_grad_()
 
 
 def written_out(layer: ClexAttention, x: Tensor, table: Table, is_causal: bool = True, **options: Any) -> Tensor:
@@ -46,10 +35,6 @@ def written_out(layer: ClexAttention, x: Tensor, table: Table, is_causal: bool =
     mask = reference.visible(x.shape[1], x.shape[1], is_causal, options.pop("window", None))
     out, _ = reference.attention(q, k, v, mask, **options)
     return functional.linear(out.flatten(2), layer.o_proj.weight, layer.o_proj.bias)
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10 * expected.abs().max().item())
 
 
 def gradients(out: Tensor, x: Tensor, *owners: nn.Module) -> dict[str, Tensor]:
@@ -200,57 +185,35 @@ def test_a_projection_that_is_more_than_its_weight_is_called(change):
     assert_same(caches[0], caches[2])
 
 
-def make_caches(layer: ClexAttention, batch: int, slots: int) -> tuple[Tensor, Tensor]:
-    shape = (batch, slots, layer.num_kv_heads, layer.config.head_dim)
-    return tuple(torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2))
+def test_a_quantized_weight_goes_through_its_module():
+    class Quantized(nn.Parameter):
+        pass
+
+    rope, layer, x = make_rope(), make_layer(), inputs(2, 40, torch.float32)
+    expected = layer(x, rope(40))
+    layer.qkv_proj.weight = Quantized(layer.qkv_proj.weight.detach())
+    assert attention_layer._is_plain(make_layer().qkv_proj)
+    assert not attention_layer._is_plain(layer.qkv_proj)
+    torch.testing.assert_close(layer(x, rope(40)), expected)
 
 
-@pytest.mark.parametrize("new", [1, 3])
-@pytest.mark.parametrize("kind", ["int", "tensor"])
-def test_decoding_steps_are_the_rows_of_a_prefill(new, kind):
-    rope, layer, x = make_rope().double(), make_layer(bias=True).double(), inputs(2, 45).detach()
-    caches = make_caches(layer, 2, 64)
-    # the length crosses t = 1, 2 on the way, and the last step's table is that of all its keys.
-    for end in range(new, 46, new):
-        kv_end = end if kind == "int" else torch.full((2,), end)
-        out = layer.decode(x[:, end - new : end], rope(end), *caches, kv_end)
-        assert_same(out, layer(x[:, :end], rope(end))[:, -new:])
-    heads = layer.qkv_proj(x).unflatten(-1, (-1, 16))
-    assert_same(caches[0][:, :45], heads[:, :, 4:6])
-    assert_same(caches[1][:, :45], heads[:, :, 6:])
-
-
-@pytest.mark.parametrize("choice", ["stack", "index", "at"])
-def test_sequences_of_a_decoding_batch_are_as_each_alone(choice):
-    rope, layer, x = make_rope().double(), make_layer().double(), inputs(3, 70).detach()
-    ends, caches = torch.tensor([70, 20, 0]), make_caches(layer, 3, 80)
-    for b, end in enumerate(ends.tolist()):
-        if end > 1:
-            layer.decode(x[b : b + 1, :1], rope(end), *(cache[b : b + 1] for cache in caches), 1)
-            heads = layer.qkv_proj(x[b, : end - 1]).unflatten(-1, (-1, 16))
-            caches[0][b, : end - 1], caches[1][b, : end - 1] = heads[:, 4:6], heads[:, 6:]
-    last = torch.stack([x[b, max(end - 1, 0)] for b, end in enumerate(ends.tolist())])[:, None]
-    table = {"stack": rope.stack(), "index": rope.stack().select(ends), "at": rope.at(ends)}[choice]
-    out = layer.decode(last, table, *caches, ends)
-    for b, end in enumerate(ends.tolist()):
-        if end == 0:
-            assert_same(out[b], torch.zeros_like(out[b]))
-            continue
-        alone = rope.at(ends[b : b + 1]) if choice == "at" else rope(end)
-        assert_same(out[b : b + 1], layer(x[b : b + 1, :end], alone)[:, -1:])
-
-
-def test_left_padding_leaves_a_decoding_step_alone():
-    rope, layer, x = make_rope().double(), make_layer().double(), inputs(2, 40).detach()
-    start, end = torch.tensor([0, 11]), torch.tensor([40, 40])
-    caches = make_caches(layer, 2, 40)
-    for step in range(1, 41):
-        out = layer.decode(
-            x[:, step - 1 : step], rope.stack(), *caches, torch.full((2,), step), kv_start=start.clamp(max=step)
+@pytest.mark.parametrize("change", ["instance", "global"])
+def test_a_forward_or_hook_from_outside_is_honoured(change):
+    rope, layer, x = make_rope().double(), make_layer().double(), inputs(2, 40)
+    expected = layer(x / 2, rope(40))
+    handle = None
+    if change == "instance":
+        forward = layer.qkv_proj.forward
+        layer.qkv_proj.forward = lambda y: forward(y) / 2
+    else:
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, _, out: out / 2 if module is layer.qkv_proj else None
         )
-    assert_same(out[:1], layer(x[:1], rope(40))[:, -1:])
-    assert_same(out[1:], layer(x[1:, 11:], rope(29))[:, -1:])
-    assert_same(out, layer(x, rope.stack(), kv_start=start, kv_end=end)[:, -1:])
+    try:
+        assert_same(layer(x, rope(40)), expected)
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def test_a_bf16_model_keeps_an_fp32_ode():
@@ -301,22 +264,6 @@ def test_a_training_step_compiles_to_one_graph(backend, log_scale):
             assert_same(gradient, found[1][name])
 
 
-def test_decoding_steps_compile_once():
-    rope, layer, x = make_rope().double(), make_layer().double(), inputs(2, 45).detach()
-    torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer.decode, fullgraph=True, backend=counter)
-    caches, expected = make_caches(layer, 2, 64), make_caches(layer, 2, 64)
-    for end in range(1, 46):
-        kv_end = torch.full((2,), end)
-        outs = [
-            decode(x[:, end - 1 : end], rope.stack(), *into, kv_end)
-            for decode, into in ((compiled, caches), (layer.decode, expected))
-        ]
-        assert_same(*outs)
-    assert counter.frame_count == 1
-
-
 def test_weights_are_packed_and_described():
     layer = ClexAttention(replace(CONFIG, rotary_dim=8), C, 4, 2, bias=True, device="meta", dtype=torch.float16)
     assert {name: tuple(weight.shape) for name, weight in layer.named_parameters()} == {
@@ -358,27 +305,6 @@ BAD_INPUT = {
     "rotated": (ValueError, "rotated: expected no such option", (X, TABLE), {"rotated": "qk"}),
     "unknown": (TypeError, "causal", (X, TABLE), {"causal": True}),
 }
-
-
-BAD_STEP = {
-    "kv_end none": (TypeError, "kv_end: expected an integer", {"kv_end": None}),
-    "kv_end negative": (ValueError, "kv_end: expected at least 0, got -1", {"kv_end": -1}),
-    "kv_end dtype": (TypeError, "kv_end: expected a torch.int32 or torch.int64 tensor", {"kv_end": torch.ones(2)}),
-    "kv_end shape": (ValueError, r"kv_end: expected shape \[B=2\]", {"kv_end": torch.ones(2, 1, dtype=torch.int64)}),
-    "past the cache": (ValueError, r"kv_end: expected .*S", {"kv_end": 9}),
-    "x": (ValueError, r"x: expected shape \[B, L, C\]", {"x": X[0]}),
-    "rotated": (ValueError, "rotated: expected no such option", {"rotated": "none"}),
-    "table": (ValueError, "table: expected rotary_dim = 16, got 8", {"table": PARTIAL}),
-}
-
-
-@pytest.mark.parametrize(("error", "match", "changed"), BAD_STEP.values(), ids=BAD_STEP)
-def test_a_bad_decoding_step_is_named(error, match, changed):
-    arguments = {"x": X, "table": make_rope()(32), "kv_end": 5, **changed}
-    caches = {name: torch.zeros(2, 8, 2, 16) for name in ("k_cache", "v_cache")}
-    with pytest.raises(error, match=match):
-        make_layer().decode(**arguments, **caches)
-    assert not caches["k_cache"].any()
 
 
 @pytest.mark.parametrize(("error", "match", "arguments", "options"), BAD_INPUT.values(), ids=BAD_INPUT)

@@ -159,6 +159,32 @@ def test_unpacking_restores_the_modules_without_a_copy(bias: bool) -> None:
     assert_same_state(packed.state_dict(), Model(bias=bias).state_dict())
 
 
+def test_what_replaced_the_projection_is_not_taken_apart() -> None:
+    block = Block()
+    whole = pack_qkv(block)
+    block.qkv_proj = nn.Sequential(whole)
+    with pytest.raises(TypeError, match=r"qkv_proj: expected a torch\.nn\.Linear, got Sequential"):
+        unpack_qkv(block)
+    assert block.qkv_proj[0] is whole
+
+
+def test_optimizers_find_parameters_in_the_order_they_had() -> None:
+    block = Block()
+    order = [name for name, _ in block.named_parameters()]
+    pack_qkv(block)
+    assert [name for name, _ in block.named_children()] == ["qkv_proj", "o_proj"]
+    unpack_qkv(block)
+    assert [name for name, _ in block.named_parameters()] == order
+
+
+def test_hooks_are_registered_once() -> None:
+    block = Block()
+    for _ in range(3):
+        pack_qkv(block)
+        unpack_qkv(block)
+    assert len(block._state_dict_hooks) == len(block._load_state_dict_pre_hooks) == 1
+
+
 def test_other_names() -> None:
     block = Block()
     block.query, block.key, block.value = block.q_proj, block.k_proj, block.v_proj
@@ -194,6 +220,18 @@ def hooked_value() -> Block:
     return block
 
 
+def graded_query() -> Block:
+    block = Block()
+    block.q_proj.weight.grad = torch.zeros(64, C)
+    return block
+
+
+def replaced_forward() -> Block:
+    block = Block()
+    block.q_proj.forward = block.k_proj.forward
+    return block
+
+
 def tied_value() -> Block:
     block = Block()
     block.v_proj.weight = block.k_proj.weight
@@ -222,7 +260,9 @@ BAD = {
     ),
     "rows": (ValueError, r"expected H D, G D and G D rows.*\[64, 32, 16\]", broken("v_proj", nn.Linear(C, 16))),
     "hooks": (ValueError, "v_proj: expected no hooks", hooked_value()),
-    "tied": (ValueError, "expected weights of their own", tied_value()),
+    "grad": (ValueError, "q_proj: expected no .grad", graded_query()),
+    "forward": (ValueError, "q_proj: expected no hooks and no forward of its own", replaced_forward()),
+    "tied": (ValueError, "expected weights and biases of their own", tied_value()),
     "twice": (ValueError, "module: expected no qkv_proj yet, got a Block", packed_block()),
 }
 
