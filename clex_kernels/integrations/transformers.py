@@ -1,0 +1,196 @@
+"""CLEX in a transformers model, in two lines:
+
+    model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-2-7b-hf")
+    apply_clex(model, ClexConfig(head_dim=128, train_length=4096))
+
+or, for a checkpoint whose rope_scaling is of type "clex", apply_clex(model). Its cache then holds raw keys, its
+attention is this package's, and the base model has the module `clex_layer`, under the names of the authors' checkpoints
+(`model.clex_layer.proj_func.ode_up_proj`). save_pretrained writes settings and weights; from_pretrained and apply_clex
+bring them back, since importing this file makes the RoPE type "clex" known to transformers.
+
+In training mode every forward draws one t and one set of positions for all layers; else t comes from the lengths, of
+each sequence by itself.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddingConfigMixin
+
+from clex_kernels.config import ClexConfig, check_config
+from clex_kernels.integrations.checkpoints import read_ode_weights
+from clex_kernels.integrations.families import find_base, pass_raw, rotate_again
+from clex_kernels.integrations.raw_keys import IMPLEMENTATION, RawKeyRotary, Tokens, register
+from clex_kernels.modules import ClexRotaryEmbedding
+from clex_kernels.sampling import check_sampling
+from clex_kernels.tables import RotaryTable, RotaryTableStack
+
+__all__ = ["apply_clex", "remove_clex", "rope_parameters"]
+
+# contiguous runs, and every fourth step at t = 1: with uniform positions a toy model learned to interpolate between
+# sparse tokens and failed on neighbours (perplexity at 8x 4.5 against 3.2), and without plain steps it lost at 1x
+# (3.44 against 3.17). The authors train large models with positions="uniform", plain_share=0.0.
+SAMPLING: Mapping[str, Any] = {"positions": "runs", "factors": "integer", "plain_share": 0.25}
+
+
+def apply_clex(
+    model: PreTrainedModel, config: ClexConfig | None = None, sampling: Mapping[str, Any] | None = None
+) -> ClexRotaryEmbedding:
+    """Turn a loaded transformers model into a CLEX model, in place.
+
+    Families: Llama, Mistral, Mixtral, Qwen2, Qwen3, Phi, GPT-NeoX, whatever the head of the model is. Other models of
+    the process keep working unchanged. `model.config` gets the settings (rope_parameters of type "clex", and
+    max_position_embeddings = train_length * max_factor).
+
+    Args:
+        model: from_pretrained's or a fresh one, with any attention implementation but flash_attention_*.
+        config: all settings; None: those of model.config, whose RoPE is of type "clex". Then the weights of the ODE
+            come from the checkpoint that the model was loaded from; without any there they start as plain NTK-aware
+            scaling (with a warning).
+        sampling: options of `ClexRotaryEmbedding.sample` for forwards in training mode: generator, positions, factors,
+            plain_share. None: positions in runs, plain_share = 0.25, and torch's default generator.
+
+    Returns:
+        The module of frequencies, which is `model.base_model.clex_layer`.
+
+    Raises:
+        TypeError: model, config or an option is of the wrong type.
+        ValueError: the family is unknown, the settings don't fit the model, or it is patched already.
+    """
+    base = find_base(model)
+    _check_fresh(base)
+    from_checkpoint = config is None
+    config = ClexConfig.from_transformers(base.config) if from_checkpoint else config
+    check_config(config)
+    _check_fits(base, config)
+    sampling = _check_sampling(sampling)
+    rope = ClexRotaryEmbedding(config, device=base.get_input_embeddings().weight.device).train(base.training)
+    if from_checkpoint:
+        read_ode_weights(model, rope)
+    register()
+    base.clex_layer = rope
+    rotary = RawKeyRotary(base.rotary_emb, _ClexFrequencies(base, config, sampling))
+    rotary.attach(base)
+    pass_raw(base)
+    base.config.rope_parameters = rope_parameters(config)
+    base.config.max_position_embeddings = config.train_length * config.max_factor
+    model.set_attn_implementation(IMPLEMENTATION)
+    return rope
+
+
+def remove_clex(model: PreTrainedModel) -> None:
+    """Undo apply_clex: the model is again what it was before, its settings included; `clex_layer` is gone.
+
+    Raises:
+        TypeError, ValueError: model is no patched transformers model.
+    """
+    base = find_base(model)
+    rotary = base.rotary_emb
+    if not isinstance(rotary, RawKeyRotary) or not isinstance(rotary.frequencies, _ClexFrequencies):
+        raise ValueError("model: expected one patched by apply_clex, got one that is not")
+    rotary.detach(base)
+    rotate_again(base)
+    del base.clex_layer
+    before = rotary.frequencies
+    base.config.rope_parameters = before.rope_parameters
+    base.config.max_position_embeddings = before.max_position_embeddings
+    model.set_attn_implementation(before.attn_implementation)
+
+
+def rope_parameters(config: ClexConfig) -> dict[str, Any]:
+    """The settings as a transformers configuration holds them; ClexConfig.from_transformers reads them back."""
+    parameters: dict[str, Any] = {
+        "rope_type": "clex",
+        "rope_theta": config.rope_base,
+        "max_factor": config.max_factor,
+        "param_factor": config.hidden_factor,
+        "act": config.activation,
+        "time_dt": config.step_size,
+        "original_max_position_embeddings": config.train_length,
+        "partial_rotary_factor": config.rotary_dim / config.head_dim,
+        "ntk_base": config.ntk_base,
+        "scale_policy": config.scale_policy,
+        "log_scale": config.log_scale,
+    }
+    return parameters
+
+
+class _ClexFrequencies:
+    """Which table a forward gets; beside that, what `remove_clex` brings back."""
+
+    def __init__(self, base: PreTrainedModel, config: ClexConfig, sampling: Mapping[str, Any]):
+        self.config = config
+        self.sampling = sampling
+        self.rope_parameters = base.config.rope_parameters
+        self.max_position_embeddings = base.config.max_position_embeddings
+        self.attn_implementation = base.config._attn_implementation
+
+    def table(self, base: PreTrainedModel, tokens: Tokens) -> RotaryTable | RotaryTableStack:
+        # looked up anew: PEFT may have wrapped it, and then chooses whose weights these are.
+        rope = base.clex_layer
+        if base.training and torch.is_grad_enabled() and tokens.are_first:
+            return rope.sample(tokens.new, **self.sampling)
+        end, lengths = tokens.end, tokens.lengths
+        if lengths is None:
+            return rope(end)
+        room = max(end, self.config.train_length * self.config.max_factor) if isinstance(end, int) else None
+        if self.config.scale_policy == "integer":
+            return rope.stack(room)
+        return rope.at(lengths, room)
+
+
+def _check_fresh(base: PreTrainedModel) -> None:
+    if isinstance(base.rotary_emb, RawKeyRotary):
+        raise ValueError("model: expected one that is not patched, got one that is; remove_clex undoes it")
+    implementation = base.config._attn_implementation or ""
+    if "flash" in implementation:
+        raise ValueError(
+            f"attn_implementation: expected 'sdpa' or 'eager', got {implementation!r}; this package brings its own"
+            ' fused attention, so load the model with attn_implementation="sdpa"'
+        )
+    if getattr(base.config, "output_attentions", False):
+        raise ValueError("output_attentions: expected False, since no kernel here keeps the attention weights")
+    dropout = getattr(base.config, "attention_dropout", 0.0)
+    if dropout:
+        raise ValueError(f"attention_dropout: expected 0, since the fused attention has no dropout, got {dropout}")
+
+
+def _check_fits(base: PreTrainedModel, config: ClexConfig) -> None:
+    """That heads and rotary dimension are the model's."""
+    settings = base.config
+    head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    part = (settings.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+    expected = {"head_dim": head_dim, "rotary_dim": int(head_dim * part)}
+    for name, value in expected.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"config.{name}: expected the model's {value}, got {getattr(config, name)}")
+
+
+def _check_sampling(sampling: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if sampling is not None and not isinstance(sampling, Mapping):
+        raise TypeError(f"sampling: expected a dictionary, got {type(sampling).__name__}")
+    options = {**SAMPLING, **(sampling or {})}
+    unknown = sorted(set(options) - {"generator", *SAMPLING})
+    if unknown:
+        raise ValueError(f"sampling: expected the options generator, {', '.join(SAMPLING)}, got {', '.join(unknown)}")
+    check_sampling(options.get("generator"), *(options[name] for name in SAMPLING))
+    return options
+
+
+def _plain_frequencies(config: Any, device: torch.device | None = None, **_: Any) -> tuple[Tensor, float]:
+    """What transformers' own rotary embedding computes for the type "clex", until apply_clex replaces it."""
+    clex = ClexConfig.from_transformers(config)
+    steps = torch.arange(clex.pairs, dtype=torch.float32, device=device) / clex.pairs
+    return clex.rope_base**-steps, 1.0
+
+
+def _validate(config: Any, parameters: Mapping[str, Any], ignore_keys: set[str] | None = None) -> None:
+    if "max_factor" not in parameters:
+        raise ValueError(f'rope_parameters: expected "max_factor" for type "clex", got {dict(parameters)}')
+
+
+ROPE_INIT_FUNCTIONS["clex"] = _plain_frequencies
+RotaryEmbeddingConfigMixin._validate_clex_rope_parameters = _validate
