@@ -28,14 +28,14 @@ def read_ode_weights(model: PreTrainedModel, rope: ClexRotaryEmbedding) -> None:
     source = model.config._name_or_path
     if not source:
         return
-    found = _find(source, model.config._commit_hash)
+    found = _find(source, getattr(model.config, "_commit_hash", None))
     if not found:
         warn(
             f"{source}: no weights of a CLEX ODE found, so they start as NTK-aware scaling; train them",
             stacklevel=3,
         )
         return
-    state = dict(rope.state_dict())
+    state = rope.state_dict()
     for name, value in found.items():
         if value.shape != state[name].shape:
             raise ValueError(
@@ -56,7 +56,7 @@ def _find(source: str, revision: str | None) -> dict[str, Tensor]:
     else:
         places = dict.fromkeys(_names(path), path)
     found = {name.split("clex_layer.")[-1]: _read(path, name) for name, path in places.items()}
-    return found if set(found) == set(ODE_NAMES) else {}
+    return {name: found[name] for name in ODE_NAMES} if set(found) == set(ODE_NAMES) else {}
 
 
 def _locate(source: str, name: str, revision: str | None) -> Path | None:

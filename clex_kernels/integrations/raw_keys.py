@@ -13,7 +13,7 @@ are the last S columns, or, in a static cache that has more slots than there are
 
 import inspect
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -128,10 +128,15 @@ class RawKeyRotary(nn.Module):
 
 def _arguments(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What the forward of `base` is called with, by name."""
-    given = inspect.signature(base.forward).bind_partial(*args, **kwargs).arguments
-    given = {**given.pop("kwargs", {}), **given}
+    given = {**dict(zip(_parameters(type(base)), args, strict=False)), **kwargs}
     given["cache"] = next((given[name] for name in _CACHE_NAMES if given.get(name) is not None), None)
     return given
+
+
+@lru_cache
+def _parameters(model: type[PreTrainedModel]) -> tuple[str, ...]:
+    # the first one is self.
+    return tuple(inspect.signature(model.forward).parameters)[1:]
 
 
 def _check_call(base: PreTrainedModel, given: dict[str, Any]) -> None:
@@ -189,12 +194,12 @@ def _find_tokens(given: dict[str, Any]) -> Tokens:
     looks = new > MAX_NEW_TOKENS or x.device.type == "cpu"
     if looks:
         _check_positions(given.get("position_ids"), mask, new)
-    if mask is None or (looks and bool(mask.all())):
-        return Tokens(new, end, None, None if isinstance(end, int) else end.expand(batch))
-    if mask.shape[0] != batch or (isinstance(end, int) and mask.shape[1] != end):
+    if mask is not None and (mask.shape[0] != batch or (isinstance(end, int) and mask.shape[1] != end)):
         raise ValueError(
             f"attention_mask: expected shape [B, cached and new tokens] = [{batch}, {end}], got {list(mask.shape)}"
         )
+    if mask is None or (looks and bool(mask.all())):
+        return Tokens(new, end, None, None if isinstance(end, int) else end.expand(batch))
     mask = mask.to(x.device, torch.bool)
     start, lengths = mask.long().argmax(dim=1), mask.sum(dim=1)
     if looks:

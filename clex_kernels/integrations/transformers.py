@@ -67,7 +67,9 @@ def apply_clex(
     check_config(config)
     _check_fits(base, config)
     sampling = _check_sampling(sampling)
-    rope = ClexRotaryEmbedding(config, device=base.get_input_embeddings().weight.device).train(base.training)
+    embedding = base.get_input_embeddings().weight
+    # the ODE's weights stay fp32 in half precision, and follow to fp64, whose tables attention asks for.
+    rope = ClexRotaryEmbedding(config, embedding.device).to(embedding.dtype).train(base.training)
     if from_checkpoint:
         read_ode_weights(model, rope)
     register()

@@ -1,0 +1,341 @@
+"""apply_clex around the mathematics: what it refuses, what it leaves alone, and what survives saving and loading."""
+
+import copy
+import gc
+import inspect
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GemmaConfig, GemmaForCausalLM, LlamaConfig
+from transformers.models.llama import modeling_llama
+from transformers_models import TRAIN_LENGTH, clex_config, clex_model, pad_left, random_tokens, stock_model
+
+from clex_kernels import ClexConfig
+from clex_kernels.integrations.families import FAMILIES
+from clex_kernels.integrations.transformers import apply_clex, remove_clex, rope_parameters
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*", "ignore:.*max_factor.*", "ignore:lengths past.*")
+TOKENS = random_tokens(2, 19)
+
+
+@torch.no_grad()
+def logits_of(model, tokens=TOKENS, **options):
+    return model(tokens, **options).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_remove_gives_the_model_back(family):
+    model = stock_model(family)
+    before, names, settings = logits_of(model), set(model.state_dict()), model.config.to_dict()
+    rotary = model.base_model.rotary_emb
+    apply_clex(model, clex_config(model))
+    assert (logits_of(model) - before).abs().max() > 1e-3
+    remove_clex(model)
+    assert torch.equal(logits_of(model), before)
+    assert set(model.state_dict()) == names
+    assert model.base_model.rotary_emb is rotary
+    assert model.config.to_dict() == settings
+
+
+def test_other_models_of_the_process_keep_their_rotary():
+    gc.collect()  # patched models of earlier tests
+    other, model = stock_model("llama"), stock_model("llama")
+    before, function = logits_of(other), inspect.unwrap(modeling_llama.apply_rotary_pos_emb)
+    apply_clex(model, clex_config(model))
+    assert torch.equal(logits_of(other), before)
+    remove_clex(model)
+    assert modeling_llama.apply_rotary_pos_emb is function
+
+
+def test_two_patched_models_are_apart():
+    first, second = clex_model("llama"), clex_model("llama", train_length=5)
+    before = logits_of(second)
+    remove_clex(first)
+    assert torch.equal(logits_of(second), before)
+
+
+def test_a_copy_of_a_patched_model_has_weights_and_hooks_of_its_own():
+    model = clex_model("llama")
+    before, twin = logits_of(model), copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.clex_layer.proj_func.ode_down_proj.mul_(2)
+    assert (logits_of(twin) - before).abs().max() > 1e-3
+    assert torch.equal(logits_of(model), before)
+    remove_clex(twin)
+    assert torch.equal(logits_of(model), before)
+
+
+def test_state_dict_has_the_authors_names():
+    for family, base in (("llama", "model"), ("gpt_neox", "gpt_neox")):
+        names = [name for name in clex_model(family).state_dict() if "clex" in name]
+        assert names == [f"{base}.clex_layer.proj_func.ode_{side}_proj" for side in ("up", "down")]
+
+
+def test_base_models_and_other_heads_are_patched_too():
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    from transformers import LlamaForSequenceClassification, LlamaModel
+
+    for model in (LlamaModel(config), LlamaForSequenceClassification(config)):
+        rope = apply_clex(model.eval(), ClexConfig(head_dim=16, train_length=8))
+        assert model.base_model.clex_layer is rope
+        with torch.no_grad():
+            model(TOKENS[:1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("max_shard_size", ["50GB", "20KB"], ids=["one file", "shards"])
+def test_saved_and_loaded_model_is_the_same(tmp_path, family, max_shard_size):
+    model = clex_model(family, activation="silu", hidden_factor=2).float()
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_size == "20KB")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    rope = apply_clex(loaded)
+    assert rope.config == clex_config(model, activation="silu", hidden_factor=2, max_factor=4)
+    assert loaded.config.max_position_embeddings == 4 * TRAIN_LENGTH
+    state = loaded.state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(state[name], value), name
+    loaded.config._experts_implementation = "eager"
+    assert_close(logits_of(loaded), logits_of(model), rtol=0, atol=1e-4)
+
+
+def test_pickled_checkpoint_is_read(tmp_path):
+    model = clex_model("llama").float()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    apply_clex(loaded)
+    assert_close(logits_of(loaded.eval()), logits_of(model), rtol=0, atol=1e-5)
+
+
+def test_config_as_the_authors_write_it(tmp_path):
+    scaling = {"type": "clex", "max_factor": 4, "param_factor": 2, "act": "silu", "time_dt": 0.02}
+    settings = {"model_type": "llama", "rope_scaling": scaling, "rope_theta": 50000.0, "max_position_embeddings": 8}
+    settings |= {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 80, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"vocab_size": 61}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    config = apply_clex(model).config
+    expected = {"head_dim": 12, "train_length": 8, "max_factor": 4, "hidden_factor": 2, "activation": "silu"}
+    assert config == ClexConfig(**expected, step_size=0.02, rope_base=50000.0)
+    assert ClexConfig.from_transformers(model.config) == config
+
+
+def test_settings_survive_the_way_through_a_configuration():
+    config = ClexConfig(16, 12, 6, 8, 500.0, 3000.0, 3, "silu", 0.05, "continuous", "clamped")
+    settings = {"head_dim": 16, "max_position_embeddings": 72, "rope_parameters": rope_parameters(config)}
+    assert ClexConfig.from_transformers(settings) == config
+
+
+def test_plain_checkpoint_with_clex_settings_starts_fresh_and_says_so(tmp_path):
+    stock_model("llama").float().save_pretrained(tmp_path)
+    scaling = {"type": "clex", "max_factor": 4, "rope_theta": 10000.0}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, rope_scaling=scaling)
+    with pytest.warns(UserWarning, match="no weights of a CLEX ODE"):
+        rope = apply_clex(model)
+    assert not rope.proj_func.ode_down_proj.any()
+
+
+def test_weights_of_another_size_are_refused(tmp_path):
+    clex_model("llama", hidden_factor=2).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    settings["rope_parameters"]["param_factor"] = 1
+    path.write_text(json.dumps(settings))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"ode_up_proj: expected shape \[6, 12\] .* got \[6, 24\]"):
+        apply_clex(model)
+    assert not hasattr(model.model, "clex_layer")
+
+
+def test_lora_trains_and_keeps_the_ode_with_its_adapter(tmp_path):
+    model = clex_model("llama").float()
+    before = logits_of(model)
+    base = copy.deepcopy(model)
+    settings = LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["clex_layer"], task_type="CAUSAL_LM")
+    tuned = get_peft_model(model, settings)
+    tuned.train()
+    names = [name for name, weight in tuned.named_parameters() if weight.requires_grad and "clex" in name]
+    assert len(names) == 2
+    optimizer = torch.optim.SGD([weight for weight in tuned.parameters() if weight.requires_grad], lr=1e-3)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        optimizer.zero_grad()
+        tuned(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+    after = logits_of(tuned.eval())
+    assert (after - before).abs().max() > 1e-4
+    moved = dict(tuned.named_parameters())[names[1]]
+    assert not torch.equal(moved, base.model.clex_layer.proj_func.ode_down_proj)
+    tuned.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert_close(logits_of(loaded), after, rtol=0, atol=1e-5)
+    with tuned.disable_adapter():
+        assert_close(logits_of(tuned), before, rtol=0, atol=1e-5)
+
+
+def test_patching_a_peft_model_says_what_to_do():
+    tuned = get_peft_model(stock_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match="patch the model first"):
+        apply_clex(tuned, ClexConfig(head_dim=12, train_length=8))
+
+
+def gemma():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return GemmaForCausalLM(GemmaConfig(vocab_size=61, head_dim=16, num_key_value_heads=1, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "options", "error", "message"),
+    [
+        (gemma, ClexConfig(16, 8), {}, ValueError, "model: expected one of the families llama, .*got GemmaForCausalLM"),
+        (lambda: torch.nn.Linear(2, 2), ClexConfig(16, 8), {}, TypeError, "model: expected a transformers"),
+        (lambda: stock_model("llama"), ClexConfig(16, 8), {}, ValueError, "config.head_dim: expected the model's 12"),
+        (lambda: stock_model("phi"), ClexConfig(16, 8), {}, ValueError, "config.rotary_dim: expected the model's 8"),
+        (lambda: stock_model("llama"), None, {}, ValueError, 'of type "clex"'),
+        (lambda: stock_model("llama"), {"head_dim": 12}, {}, TypeError, "config: expected a ClexConfig"),
+        (lambda: clex_model("llama"), ClexConfig(12, 8), {}, ValueError, "not patched, got one that is"),
+        (lambda: stock_model("llama", attention_dropout=0.1), ClexConfig(12, 8), {}, ValueError, "attention_dropout"),
+        (lambda: stock_model("llama"), ClexConfig(12, 8), {"sampling": 3}, TypeError, "sampling: expected a dict"),
+        (lambda: stock_model("llama"), ClexConfig(12, 8), {"sampling": {"t": 3}}, ValueError, "got t"),
+        (
+            lambda: stock_model("llama"),
+            ClexConfig(12, 8),
+            {"sampling": {"positions": "all"}},
+            ValueError,
+            "positions: expected",
+        ),
+    ],
+)
+def test_bad_models_and_settings_are_named(make, config, options, error, message):
+    model = make()
+    names = set(model.state_dict())
+    with pytest.raises(error, match=message):
+        apply_clex(model, config, **options)
+    assert set(model.state_dict()) == names
+
+
+def test_flash_attention_is_refused_before_and_after():
+    model = stock_model("llama")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation: expected 'sdpa' or 'eager', got 'flash_attention_2'"):
+        apply_clex(model, clex_config(model))
+    model = clex_model("llama")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"got 'flash_attention_2', which does not; .*remove_clex"):
+        model(TOKENS)
+
+
+def test_another_implementation_set_later_is_refused():
+    model = clex_model("llama")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attn_implementation: expected 'clex_kernels'"):
+        model(TOKENS)
+
+
+def test_this_implementation_without_the_patch_is_refused():
+    clex_model("llama")
+    model = stock_model("llama")
+    model.set_attn_implementation("clex_kernels")
+    with pytest.raises(ValueError, match="expected a model patched by apply_clex"):
+        model(TOKENS)
+
+
+def test_remove_from_an_unpatched_model_is_refused():
+    with pytest.raises(ValueError, match="model: expected one patched by apply_clex"):
+        remove_clex(stock_model("llama"))
+
+
+def test_attention_weights_are_refused():
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        clex_model("llama")(TOKENS, output_attentions=True)
+
+
+def test_cache_of_rotated_keys_is_refused():
+    model, stock = clex_model("llama"), stock_model("llama")
+    cache = DynamicCache(config=stock.config)
+    logits_of(stock, past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="rotated already"):
+        model(TOKENS[:, :1], past_key_values=cache)
+
+
+def test_own_caches_are_taken_again_also_copied_cropped_and_reset():
+    model = clex_model("llama", train_length=64)
+    with torch.no_grad():
+        cache = model(TOKENS[:, :12], use_cache=True).past_key_values
+        twin = copy.deepcopy(cache)
+        expected = model(TOKENS).logits[:, 12:]
+        assert_close(model(TOKENS[:, 12:], past_key_values=cache).logits, expected, rtol=0, atol=1e-10)
+        twin.crop(-2)
+        assert_close(model(TOKENS[:, 10:], past_key_values=twin).logits[:, 2:], expected, rtol=0, atol=1e-10)
+        cache.reset()
+    with pytest.raises(TypeError, match="cache: expected a transformers Cache"):
+        model(TOKENS, past_key_values=[(1, 2)])
+
+
+PADDED = pad_left([TOKENS[0, :9], TOKENS[1]])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 1, 19, 19, dtype=torch.bool)}, ValueError, "expected a 2-D one"),
+        ({"attention_mask": torch.ones(2, 12)}, ValueError, r"expected shape .* \[2, 19\], got \[2, 12\]"),
+        ({"attention_mask": torch.ones(2, 19).index_fill(1, torch.tensor(5), 0)}, ValueError, "got holes in row 0"),
+        ({"position_ids": torch.arange(19)[None] % 11}, ValueError, "position_ids: expected consecutive"),
+    ],
+    ids=["4-D", "short", "holes", "packed"],
+)
+def test_masks_of_another_kind_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        clex_model("llama")(TOKENS, **options)
+
+
+def test_padding_on_the_right_of_cached_tokens_is_refused():
+    model = clex_model("llama")
+    mask = torch.ones(2, 19, dtype=torch.long)
+    mask[0, 12:] = 0
+    with torch.no_grad():
+        cache = model(TOKENS, attention_mask=mask, use_cache=True).past_key_values
+        mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), dim=1)
+        with pytest.raises(ValueError, match="got holes in row 0"):
+            model(TOKENS[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+def test_position_ids_as_generation_makes_them_are_taken():
+    tokens, mask = PADDED
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    model = clex_model("llama")
+    expected = logits_of(model, tokens, attention_mask=mask)
+    assert torch.equal(logits_of(model, tokens, attention_mask=mask, position_ids=positions), expected)
+
+
+def test_inputs_embeds_and_positional_arguments_serve():
+    model = clex_model("llama")
+    expected = logits_of(model)
+    assert torch.equal(logits_of(model, None, inputs_embeds=model.get_input_embeddings()(TOKENS)), expected)
+    with torch.no_grad():
+        assert torch.equal(model.lm_head(model.model(TOKENS, PADDED[1].fill_(1)).last_hidden_state), expected)
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = clex_model("llama").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant: expected False"):
+        model(TOKENS)
+
+
+def test_training_forward_draws_from_the_generator_given():
+    losses = []
+    for _ in range(2):
+        model = stock_model("llama")
+        sampling = {"generator": torch.Generator().manual_seed(5), "positions": "uniform", "plain_share": 0.0}
+        apply_clex(model, clex_config(model), sampling)
+        losses.append([model.train()(TOKENS, labels=TOKENS).loss.item() for _ in range(3)])
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 3
