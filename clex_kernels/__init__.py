@@ -12,6 +12,7 @@ from clex_kernels.packing import pack_qkv, unpack_qkv
 from clex_kernels.qkv_rotary import qkv_rotary
 from clex_kernels.rotary import apply_rotary
 from clex_kernels.tables import RotaryTable, RotaryTableStack
+from clex_kernels.training import clip_gradients, param_groups
 
 try:
     __version__ = version("clex-kernels")
@@ -27,8 +28,10 @@ __all__ = [
     "append_kv",
     "apply_rotary",
     "attention",
+    "clip_gradients",
     "decode_attention",
     "pack_qkv",
+    "param_groups",
     "qkv_rotary",
     "solve_frequencies",
     "unpack_qkv",

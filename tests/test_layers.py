@@ -28,7 +28,7 @@ LAYERS = [
         "decode",
         "append",
     },
-    {"sampling", "packing", "attention_layer", "modules"},
+    {"sampling", "packing", "attention_layer", "modules", "training"},
     {"integrations"},
 ]
 LEAVES = {"attention_terms", "autocast", "config", "extension"}

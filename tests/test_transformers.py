@@ -188,6 +188,16 @@ def test_log_scale_follows_each_sequences_length():
             assert (logits[-1] - true_logits(model, row[None])[0, -1]).abs().max() > 1e-3
 
 
+def test_log_scale_counts_tokens_that_left_the_window():
+    model = clex_model("mistral", layers=1, extras=SLIDING["mistral"], log_scale=True)
+    tokens = random_tokens(2, 20)
+    logits = in_steps(model, tokens, [12] + [1] * 8, dynamic_cache(model))
+    for length in range(12, 21):
+        with torch.no_grad():
+            truth = model(tokens[:, :length], use_cache=False).logits[:, -1]
+        torch.testing.assert_close(logits[:, length - 1], truth, **CLOSE)
+
+
 GENERATION = {
     "greedy": {},
     "beams": {"num_beams": 3},

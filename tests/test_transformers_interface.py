@@ -134,7 +134,7 @@ def test_settings_survive_the_way_through_a_configuration():
 
 def test_plain_checkpoint_with_clex_settings_starts_fresh_and_says_so(tmp_path):
     stock_model("llama").float().save_pretrained(tmp_path)
-    scaling = {"type": "clex", "max_factor": 4, "rope_theta": 10000.0}
+    scaling = {"rope_type": "clex", "max_factor": 4, "rope_theta": 10000.0}
     model = AutoModelForCausalLM.from_pretrained(tmp_path, rope_scaling=scaling)
     with pytest.warns(UserWarning, match="no weights of a CLEX ODE"):
         rope = apply_clex(model)

@@ -35,13 +35,14 @@ _CACHE_NAMES = ("cache", "past_key_values")
 
 
 class Tokens(NamedTuple):
-    """Where a forward's tokens stand: L new ones, columns `end` - L .. `end` - 1 of all that were seen.
+    """Where a forward's tokens stand: B rows of L new ones, columns `end` - L .. `end` - 1 of all that were seen.
 
     start: [B], the first column that is no left padding; None: 0.
     end: int, or [1] on the device of a static cache.
     lengths: [B], tokens of every sequence, new ones included; None: end.
     """
 
+    batch: int
     new: int
     end: int | Tensor
     start: Tensor | None
@@ -59,14 +60,14 @@ class Step(NamedTuple):
     table: RotaryTable | RotaryTableStack
     tokens: Tokens
 
-    def slots(self, capacity: int, batch: int) -> tuple[int | Tensor, Tensor | None]:
+    def slots(self, capacity: int) -> tuple[int | Tensor, Tensor | None]:
         """kv_end and kv_start among the S = `capacity` slots that a layer attends to."""
         end, start = self.tokens.end, self.tokens.start
         if isinstance(end, int):
             dropped = max(end - capacity, 0)
             return end - dropped, start if start is None or dropped == 0 else (start - dropped).clamp(min=0)
         dropped = (end - capacity).clamp(min=0)
-        return (end - dropped).expand(batch), None if start is None else (start - dropped).clamp(min=0)
+        return (end - dropped).expand(self.tokens.batch), None if start is None else (start - dropped).clamp(min=0)
 
 
 class Frequencies(Protocol):
@@ -117,7 +118,11 @@ class RawKeyRotary(nn.Module):
         given = _arguments(base, args, kwargs)
         _check_call(base, given)
         tokens = _find_tokens(given)
-        return Step(self.frequencies.table(base, tokens), tokens)
+        table = self.frequencies.table(base, tokens)
+        if table.log_scale and tokens.lengths is None:
+            # a layer with a window does not hold all tokens that the scale counts.
+            tokens = tokens._replace(lengths=torch.full((tokens.batch,), tokens.end, device=table.device))
+        return Step(table, tokens)
 
     def _end(self, base: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
         values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
@@ -199,12 +204,12 @@ def _find_tokens(given: dict[str, Any]) -> Tokens:
             f"attention_mask: expected shape [B, cached and new tokens] = [{batch}, {end}], got {list(mask.shape)}"
         )
     if mask is None or (looks and bool(mask.all())):
-        return Tokens(new, end, None, None if isinstance(end, int) else end.expand(batch))
+        return Tokens(batch, new, end, None, None if isinstance(end, int) else end.expand(batch))
     mask = mask.to(x.device, torch.bool)
     start, lengths = mask.long().argmax(dim=1), mask.sum(dim=1)
     if looks:
         _check_mask(mask, start, lengths, past)
-    return Tokens(new, end, start, lengths)
+    return Tokens(batch, new, end, start, lengths)
 
 
 def _mask_of(attention_mask: Any) -> Tensor | None:
@@ -274,7 +279,7 @@ def _attend(
         raise ValueError("is_causal: expected True, since causality goes by index here, got False")
     q, k, v = (x.transpose(1, 2) for x in autocast(query, key, value))
     options = {"scale": scaling, "window": sliding_window, "softcap": softcap, "lengths": step.tokens.lengths}
-    end, start = step.slots(k.shape[1], q.shape[0])
+    end, start = step.slots(k.shape[1])
     if q.shape[1] <= MAX_NEW_TOKENS and not torch.is_grad_enabled():
         return decode_attention(q, k, v, step.table, end, start, **options), None
     if isinstance(end, int):
