@@ -129,6 +129,28 @@ class ClexConfig:
             log_scale=_either(rope, config, "log_scale", default=cls.log_scale),
         )
 
+    def to_transformers(self) -> dict[str, Any]:
+        """The settings as rope_parameters of a transformers configuration, which from_transformers reads back.
+
+        But for head_dim, and with `original_max_position_embeddings` as train_length.
+        """
+        part = self.rotary_dim / self.head_dim
+        if int(self.head_dim * part) < self.rotary_dim:
+            part = math.nextafter(part, math.inf)
+        return {
+            "rope_type": "clex",
+            "rope_theta": self.rope_base,
+            "max_factor": self.max_factor,
+            "param_factor": self.hidden_factor,
+            "act": self.activation,
+            "time_dt": self.step_size,
+            "original_max_position_embeddings": self.train_length,
+            "partial_rotary_factor": part,
+            "ntk_base": self.ntk_base,
+            "scale_policy": self.scale_policy,
+            "log_scale": self.log_scale,
+        }
+
     def _store(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 

@@ -182,3 +182,10 @@ def test_from_transformers_reads_configuration_objects():
 def test_from_transformers_names_what_is_wrong(changes, error, match):
     with pytest.raises(error, match=match):
         ClexConfig.from_transformers({**MODEL, **changes})
+
+
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(16, 8), (12, 12), (49, 46), (116, 110), (187, 22)])
+def test_settings_survive_the_way_through_a_configuration(head_dim, rotary_dim):
+    config = ClexConfig(head_dim, 12, 6, rotary_dim, 500.0, 3000.0, 3, "silu", 0.05, "continuous", "clamped")
+    settings = {"head_dim": head_dim, "max_position_embeddings": 72, "rope_parameters": config.to_transformers()}
+    assert ClexConfig.from_transformers(settings) == config

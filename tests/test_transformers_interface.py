@@ -15,7 +15,7 @@ from transformers_models import TRAIN_LENGTH, clex_config, clex_model, pad_left,
 
 from clex_kernels import ClexConfig
 from clex_kernels.integrations.families import FAMILIES
-from clex_kernels.integrations.transformers import apply_clex, remove_clex, rope_parameters
+from clex_kernels.integrations.transformers import apply_clex, remove_clex
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*", "ignore:.*max_factor.*", "ignore:lengths past.*")
 TOKENS = random_tokens(2, 19)
@@ -126,12 +126,6 @@ def test_config_as_the_authors_write_it(tmp_path):
     assert ClexConfig.from_transformers(model.config) == config
 
 
-def test_settings_survive_the_way_through_a_configuration():
-    config = ClexConfig(16, 12, 6, 8, 500.0, 3000.0, 3, "silu", 0.05, "continuous", "clamped")
-    settings = {"head_dim": 16, "max_position_embeddings": 72, "rope_parameters": rope_parameters(config)}
-    assert ClexConfig.from_transformers(settings) == config
-
-
 def test_plain_checkpoint_with_clex_settings_starts_fresh_and_says_so(tmp_path):
     stock_model("llama").float().save_pretrained(tmp_path)
     scaling = {"rope_type": "clex", "max_factor": 4, "rope_theta": 10000.0}
@@ -198,6 +192,20 @@ def gemma():
         (lambda: stock_model("llama"), ClexConfig(16, 8), {}, ValueError, "config.head_dim: expected the model's 12"),
         (lambda: stock_model("phi"), ClexConfig(16, 8), {}, ValueError, "config.rotary_dim: expected the model's 8"),
         (lambda: stock_model("llama"), None, {}, ValueError, 'of type "clex"'),
+        (
+            lambda: stock_model("llama"),
+            ClexConfig(12, 8, rope_base=500.0),
+            {},
+            ValueError,
+            "config.rope_base: expected the model's 10000.0, got 500.0",
+        ),
+        (
+            lambda: stock_model("llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+            ClexConfig(12, 8),
+            {},
+            ValueError,
+            "expected one of plain RoPE .*got rope_type 'linear'",
+        ),
         (lambda: stock_model("llama"), {"head_dim": 12}, {}, TypeError, "config: expected a ClexConfig"),
         (lambda: clex_model("llama"), ClexConfig(12, 8), {}, ValueError, "not patched, got one that is"),
         (lambda: stock_model("llama", attention_dropout=0.1), ClexConfig(12, 8), {}, ValueError, "attention_dropout"),

@@ -28,12 +28,15 @@ from clex_kernels.modules import ClexRotaryEmbedding
 from clex_kernels.sampling import check_sampling
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
-__all__ = ["apply_clex", "remove_clex", "rope_parameters"]
+__all__ = ["apply_clex", "remove_clex"]
 
 # contiguous runs, and every fourth step at t = 1: with uniform positions a toy model learned to interpolate between
 # sparse tokens and failed on neighbours (perplexity at 8x 4.5 against 3.2), and without plain steps it lost at 1x
 # (3.44 against 3.17). The authors train large models with positions="uniform", plain_share=0.0.
 SAMPLING: Mapping[str, Any] = {"positions": "runs", "factors": "integer", "plain_share": 0.25}
+
+# types whose frequencies are those of plain RoPE up to the length of training.
+_PLAIN_AT_FIRST = ("default", "dynamic", "clex")
 
 
 def apply_clex(
@@ -77,7 +80,7 @@ def apply_clex(
     rotary = RawKeyRotary(base.rotary_emb, _ClexFrequencies(base, config, sampling))
     rotary.attach(base)
     pass_raw(base)
-    base.config.rope_parameters = rope_parameters(config)
+    base.config.rope_parameters = config.to_transformers()
     base.config.max_position_embeddings = config.train_length * config.max_factor
     model.set_attn_implementation(IMPLEMENTATION)
     return rope
@@ -100,24 +103,6 @@ def remove_clex(model: PreTrainedModel) -> None:
     base.config.rope_parameters = before.rope_parameters
     base.config.max_position_embeddings = before.max_position_embeddings
     model.set_attn_implementation(before.attn_implementation)
-
-
-def rope_parameters(config: ClexConfig) -> dict[str, Any]:
-    """The settings as a transformers configuration holds them; ClexConfig.from_transformers reads them back."""
-    parameters: dict[str, Any] = {
-        "rope_type": "clex",
-        "rope_theta": config.rope_base,
-        "max_factor": config.max_factor,
-        "param_factor": config.hidden_factor,
-        "act": config.activation,
-        "time_dt": config.step_size,
-        "original_max_position_embeddings": config.train_length,
-        "partial_rotary_factor": config.rotary_dim / config.head_dim,
-        "ntk_base": config.ntk_base,
-        "scale_policy": config.scale_policy,
-        "log_scale": config.log_scale,
-    }
-    return parameters
 
 
 class _ClexFrequencies:
@@ -161,11 +146,16 @@ def _check_fresh(base: PreTrainedModel) -> None:
 
 
 def _check_fits(base: PreTrainedModel, config: ClexConfig) -> None:
-    """That heads and rotary dimension are the model's."""
-    settings = base.config
+    """That heads, rotary dimension and plain frequencies, which t = 1 keeps, are the model's."""
+    settings, rope = base.config, base.config.rope_parameters
+    if rope["rope_type"] not in _PLAIN_AT_FIRST:
+        raise ValueError(
+            f"model: expected one of plain RoPE (rope_type {' or '.join(map(repr, _PLAIN_AT_FIRST))}), whose"
+            f" frequencies t = 1 keeps, got rope_type {rope['rope_type']!r}"
+        )
     head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-    part = (settings.rope_parameters or {}).get("partial_rotary_factor", 1.0)
-    expected = {"head_dim": head_dim, "rotary_dim": int(head_dim * part)}
+    rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    expected = {"head_dim": head_dim, "rotary_dim": rotary_dim, "rope_base": float(rope["rope_theta"])}
     for name, value in expected.items():
         if getattr(config, name) != value:
             raise ValueError(f"config.{name}: expected the model's {value}, got {getattr(config, name)}")
