@@ -8,18 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers_models import TRAIN_LENGTH, VOCABULARY, clex_model, stock_model, true_logits
-
-
 import datasets
 import huggingface_hub.constants
+import pytest
+import torch
 from lm_eval import evaluator, simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers_models import TRAIN_LENGTH, VOCABULARY, clex_model, stock_model, true_logits
 
 from examples import longbench
 from examples.longbench import ClexLM, settings_over
