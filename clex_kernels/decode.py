@@ -110,6 +110,37 @@ torch.library.register_autograd("clex::decode", _no_gradient, setup_context=_no_
 library.impl("decode", _decode_cuda, "CUDA")
 
 
+def prepare_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    table: RotaryTable | RotaryTableStack,
+    kv_end: int | Tensor,
+    kv_start: Tensor | None,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    rotated: str,
+    return_lse: bool,
+    debug: bool,
+) -> tuple[Any, ...]:
+    """Check decode_attention's arguments; returns those of the operator that follow q and the caches.
+
+    They serve all calls of one step whose q and caches have these shapes, dtypes and devices, and unit stride in D.
+    """
+    cache = check_cache("q", q, k_cache, v_cache, block_table)
+    check_choices(cache, table, rotated)
+    rule = check_rule(q, scale, True, window, softcap, table)
+    slots = check_slots(cache, kv_end, kv_start, lengths, debug)
+    check_no_tangent("decode_attention", q, k_cache, v_cache)
+    rotates = ROTATED[rotated]
+    *tables, train_length = check_table(cache, table, slots, any(rotates), debug)
+    numbers = (rule.scale, rule.window, rule.softcap, rule.log_base, rule.log_clamped)
+    return *tables, slots.kv_end, kv_start, lengths, block_table, train_length, *numbers, *rotates, return_lse
+
+
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -166,15 +197,9 @@ def decode_attention(
         ValueError: shapes, dtypes, devices or values don't fit, or a table of sampled positions came.
         RuntimeError: from backward(), or a tensor comes with a tangent.
     """
-    cache = check_cache("q", q, k_cache, v_cache, block_table)
-    check_choices(cache, table, rotated)
-    rule = check_rule(q, scale, True, window, softcap, table)
-    slots = check_slots(cache, kv_end, kv_start, lengths, debug)
-    check_no_tangent("decode_attention", q, k_cache, v_cache)
-    rotates = ROTATED[rotated]
-    coarse, fine, index, train_length = check_table(cache, table, slots, any(rotates), debug)
-    out, lse = torch.ops.clex.decode(
-        *(q, k_cache, v_cache, coarse, fine, index, slots.kv_end, kv_start, lengths, block_table, train_length),
-        *(rule.scale, rule.window, rule.softcap, rule.log_base, rule.log_clamped, *rotates, return_lse),
+    arguments = prepare_decode(
+        *(q, k_cache, v_cache, table, kv_end, kv_start, lengths, block_table),
+        *(scale, window, softcap, rotated, return_lse, debug),
     )
+    out, lse = torch.ops.clex.decode(q, k_cache, v_cache, *arguments)
     return (out, lse) if return_lse else out

@@ -142,7 +142,7 @@ def check_table(
     if rotates and slots.last_end is not None and slots.last_end > length:
         raise ValueError(f"table: expected positions for all keys up to kv_end = {slots.last_end}, got one of {length}")
     if picks and slots.longest is not None:
-        table.warn_past_limit(slots.longest, stacklevel=4)
+        table.warn_past_limit(slots.longest, stacklevel=5)
     return coarse, fine, index, table.train_length if picks else None
 
 

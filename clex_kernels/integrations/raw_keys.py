@@ -2,7 +2,7 @@
 
     hook before the base model's forward: where the sequences stand, and their table  -> Step, a keyword argument
     rotary_emb (RawKeyRotary): RAW in place of cosines and sines                      -> q and k stay raw
-    the cache: whatever it is, it now holds raw keys
+    the cache: whatever it is, it now holds raw keys; a plain dynamic one grows in place
     attention interface "clex_kernels": attention, or decode_attention for a few new tokens, by the Step's table
 
 A Step is made once per forward and travels to every layer as an argument, so that a checkpointed layer that runs again
@@ -22,9 +22,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 
 from clex_kernels.attention import attention
 from clex_kernels.autocast import autocast
-from clex_kernels.decode import decode_attention
+from clex_kernels.decode import prepare_decode
 from clex_kernels.decode_checks import MAX_NEW_TOKENS
 from clex_kernels.integrations.families import RAW
+from clex_kernels.integrations.growing_cache import let_grow
 from clex_kernels.tables import RotaryTable, RotaryTableStack, on_host
 
 IMPLEMENTATION = "clex_kernels"
@@ -59,6 +60,15 @@ class Step(NamedTuple):
 
     table: RotaryTable | RotaryTableStack
     tokens: Tokens
+    prepared: dict[tuple[Any, ...], tuple[Any, ...]]
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, *numbers: Any) -> Tensor:
+        """decode_attention with the scale, window and softcap in `numbers`, checked once for all layers alike."""
+        kinds = (*((x.shape, x.dtype, x.device, x.stride(-1)) for x in (q, k, v)), *numbers)
+        if kinds not in self.prepared:
+            places = (*self.slots(k.shape[1]), self.tokens.lengths, None)
+            self.prepared[kinds] = prepare_decode(q, k, v, self.table, *places, *numbers, "none", False, False)
+        return torch.ops.clex.decode(q, k, v, *self.prepared[kinds])[0]
 
     def slots(self, capacity: int) -> tuple[int | Tensor, Tensor | None]:
         """kv_end and kv_start among the S = `capacity` slots that a layer attends to."""
@@ -117,12 +127,14 @@ class RawKeyRotary(nn.Module):
     def _step(self, base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         given = _arguments(base, args, kwargs)
         _check_call(base, given)
+        if given["cache"] is not None:
+            let_grow(given["cache"])
         tokens = _find_tokens(given)
         table = self.frequencies.table(base, tokens)
         if table.log_scale and tokens.lengths is None:
             # a layer with a window does not hold all tokens that the scale counts.
             tokens = tokens._replace(lengths=torch.full((tokens.batch,), tokens.end, device=table.device))
-        return Step(table, tokens)
+        return Step(table, tokens, {})
 
     def _end(self, base: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
         values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
@@ -278,16 +290,14 @@ def _attend(
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError("is_causal: expected True, since causality goes by index here, got False")
     q, k, v = (x.transpose(1, 2) for x in autocast(query, key, value))
-    options = {"scale": scaling, "window": sliding_window, "softcap": softcap, "lengths": step.tokens.lengths}
-    end, start = step.slots(k.shape[1])
     if q.shape[1] <= MAX_NEW_TOKENS and not torch.is_grad_enabled():
-        return decode_attention(q, k, v, step.table, end, start, **options), None
+        return step.decode(q, k, v, scaling, sliding_window, softcap), None
+    end, start = step.slots(k.shape[1])
     if isinstance(end, int):
         k, v, end = k[:, :end], v[:, :end], None
-    out = attention(
-        q, k, v, step.table, is_causal=True, kv_start=start, kv_end=end, dropout_p=float(dropout), **options
-    )
-    return out, None
+    bounds = {"kv_start": start, "kv_end": end, "lengths": step.tokens.lengths}
+    options = {"scale": scaling, "window": sliding_window, "softcap": softcap, "dropout_p": float(dropout)}
+    return attention(q, k, v, step.table, is_causal=True, **bounds, **options), None
 
 
 def _keep_2d(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
