@@ -35,9 +35,8 @@ class OdeProjection(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OdeProjection":
         def at_least_fp32(tensor: Tensor) -> Tensor:
-            # to half precision only the device may change.
             changed = fn(tensor)
-            return tensor.to(changed.device) if torch.finfo(changed.dtype).bits < 32 else changed
+            return tensor.to(changed.device, torch.float32) if torch.finfo(changed.dtype).bits < 32 else changed
 
         return super()._apply(at_least_fp32, recurse)
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
-from transformers_models import TRAIN_LENGTH, clex_model, pad_left, random_tokens, true_logits
+from transformers_models import TRAIN_LENGTH, clex_model, pad_left, random_tokens, stock_of, true_logits
 
+from clex_kernels import attention_checks, decode_checks, tables
+from clex_kernels.integrations import steps
 from clex_kernels.integrations.families import FAMILIES
 from clex_kernels.integrations.transformers import apply_clex
 
@@ -252,11 +254,109 @@ def test_several_new_tokens_share_the_t_of_the_last():
     torch.testing.assert_close(logits[:, 7:], true_logits(model, tokens)[:, 7:], **CLOSE)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"sample": 1}])
+def test_generation_equals_stock_transformers_at_a_fixed_t(options):
+    model = clex_model("llama", max_factor=1)
+    stock = stock_of(model, model.model.clex_layer(1).freq)
+    tokens, mask = pad_left([random_tokens(1, 5, 1)[0], random_tokens(1, 13, 2)[0]])
+    options = {"max_new_tokens": 20, "attention_mask": mask, **options}
+    options["do_sample"] = bool(options.pop("sample", 0))
+    outs = []
+    for each in (model, stock):
+        torch.manual_seed(3)
+        outs.append(each.generate(tokens, **options))
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("make_cache", [dynamic_cache, static_cache], ids=["dynamic", "static"])
+def test_padded_prompt_in_chunks(make_cache):
+    model = clex_model("llama", train_length=64)
+    rows = [random_tokens(1, 4, 1)[0], random_tokens(1, 22, 2)[0]]
+    tokens, mask = pad_left(rows)
+    logits = in_steps(model, tokens, [9, 9, 4], make_cache(model), mask)
+    for row, out in zip(rows, logits, strict=True):
+        torch.testing.assert_close(out[-len(row) :], true_logits(model, row[None])[0], **CLOSE)
+
+
+def test_a_decode_step_goes_through_the_decode_operator(monkeypatch):
+    model, tokens = clex_model("llama"), random_tokens(1, 20)
+    calls = []
+    decode = steps.Step.decode
+    monkeypatch.setattr(steps.Step, "decode", lambda step, *args: calls.append(step) or decode(step, *args))
+    in_steps(model, tokens, [17, 1, 2], dynamic_cache(model))
+    assert len(calls) == 4
+    assert len({id(step.kept) for step in calls}) == 2
+    assert all(len(step.kept) == 1 for step in calls), "layers alike share one check"
+
+
+@pytest.fixture
+def unseen(monkeypatch):
+    """Values of masks, bounds and lengths count as a device's, which are not looked at."""
+    for module in (attention_checks, decode_checks):
+        monkeypatch.setattr(module, "can_look", lambda x, debug: False)
+    for module in (steps, tables):
+        monkeypatch.setattr(module, "on_host", lambda x: False)
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("policy", ["integer", "continuous"])
+def test_static_cache_on_a_device_needs_no_look_at_its_length(policy):
+    # past the limit of 32 tokens, and of the tile of 64 that it is rounded to.
+    model = clex_model("llama", layers=1, scale_policy=policy)
+    rows = [random_tokens(1, 5, 1)[0], random_tokens(1, 12, 2)[0]]
+    tokens, mask = pad_left(rows)
+    new = 60
+    tokens = torch.cat((tokens, random_tokens(2, new)), dim=1)
+    mask = torch.cat((mask, torch.ones(2, new, dtype=torch.long)), dim=1)
+    cache = StaticCache(config=model.config, max_cache_len=80)
+    logits = in_steps(model, tokens, [12] + [1] * new, cache, mask)
+    # decoding with a mask as wide as the cache.
+    wide = torch.cat((mask[:, :12], torch.ones(2, 68, dtype=torch.long)), dim=1)
+    cache = StaticCache(config=model.config, max_cache_len=80)
+    with torch.no_grad():
+        model(tokens[:, :12], attention_mask=mask[:, :12], past_key_values=cache)
+        for column in range(12, 12 + new):
+            out = model(tokens[:, column : column + 1], attention_mask=wide, past_key_values=cache).logits
+            torch.testing.assert_close(out, logits[:, column : column + 1], **CLOSE)
+            for row, first in enumerate([7, 0]):
+                length = min(column + 1 - first, 32)
+                t = length / TRAIN_LENGTH if policy == "continuous" else -(-length // TRAIN_LENGTH)
+                truth = true_logits(model, tokens[row : row + 1, first : column + 1], t=max(t, 1))
+                torch.testing.assert_close(out[row], truth[0, -1:], **CLOSE)
+
+
+@pytest.mark.usefixtures("unseen")
+def test_padding_on_the_right_is_remembered_where_masks_are_not_looked_at():
+    model, tokens = clex_model("llama"), random_tokens(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, 12:19] = 0
+    with torch.no_grad(), pytest.raises(ValueError, match="got holes in row 0"):
+        model(tokens, attention_mask=mask)
+    mask[0, 12:] = 0
+    with torch.no_grad():
+        cache = model(tokens, attention_mask=mask, use_cache=True).past_key_values
+        mask = torch.cat((mask, mask.new_ones(2, 1)), dim=1)
+        with pytest.raises(ValueError, match="filled with some on the right"):
+            model(tokens[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+def test_a_step_follows_the_layers_of_a_model_to_their_devices():
+    model = clex_model("llama")
+    tokens = steps.find_tokens(
+        {"input_ids": random_tokens(2, 9), "attention_mask": pad_left([torch.ones(9)] * 2)[1], "cache": None}
+    )
+    step = steps.Step(model.model.clex_layer.stack(), tokens._replace(start=torch.zeros(2)), {})
+    moved = step.on(torch.device("meta"))
+    assert moved.table.device.type == moved.tokens.start.device.type == "meta"
+    assert step.on(torch.device("meta")) is moved
+    assert step.on(torch.device("cpu")) is step
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.1), (torch.float32, 1e-5)])
 def test_model_in_other_dtypes(dtype, bound):
-    model, tokens = clex_model("qwen3", train_length=64).float(), random_tokens(2, 19)
-    truth = true_logits(model.double(), tokens)
-    weights = model.float().model.clex_layer.proj_func.ode_up_proj.clone()
+    model, tokens = clex_model("qwen3", train_length=64), random_tokens(2, 19)
+    truth = true_logits(model, tokens)
+    weights = model.model.clex_layer.proj_func.ode_up_proj.float()
     model.to(dtype)
     assert torch.equal(model.model.clex_layer.proj_func.ode_up_proj, weights)
     logits = in_steps(model, tokens, [18, 1], dynamic_cache(model))

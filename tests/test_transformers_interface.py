@@ -3,7 +3,9 @@
 import copy
 import gc
 import inspect
+import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -68,6 +70,26 @@ def test_a_copy_of_a_patched_model_has_weights_and_hooks_of_its_own():
     assert torch.equal(logits_of(model), before)
 
 
+def test_a_copy_outlives_its_original():
+    model = clex_model("llama")
+    before, twin = logits_of(model), copy.deepcopy(model)
+    pickled = io.BytesIO()
+    torch.save(model, pickled)
+    remove_clex(model)
+    assert torch.equal(logits_of(twin), before)
+    remove_clex(twin)
+    pickled.seek(0)
+    assert torch.equal(logits_of(torch.load(pickled, weights_only=False)), before)
+
+
+def test_another_librarys_rotary_in_the_same_place_is_passed_too(monkeypatch):
+    model, other = clex_model("llama"), stock_model("llama")
+    before, stock, rotate = logits_of(model), logits_of(other), modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda *args, **kwargs: rotate(*args, **kwargs))
+    assert torch.equal(logits_of(model), before)
+    assert torch.equal(logits_of(other), stock)
+
+
 def test_state_dict_has_the_authors_names():
     for family, base in (("llama", "model"), ("gpt_neox", "gpt_neox")):
         names = [name for name in clex_model(family).state_dict() if "clex" in name]
@@ -120,6 +142,7 @@ def test_config_as_the_authors_write_it(tmp_path):
     settings |= {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 80, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(settings | {"vocab_size": 61}))
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    model.config._name_or_path = ""
     config = apply_clex(model).config
     expected = {"head_dim": 12, "train_length": 8, "max_factor": 4, "hidden_factor": 2, "activation": "silu"}
     assert config == ClexConfig(**expected, step_size=0.02, rope_base=50000.0)
@@ -133,6 +156,25 @@ def test_plain_checkpoint_with_clex_settings_starts_fresh_and_says_so(tmp_path):
     with pytest.warns(UserWarning, match="no weights of a CLEX ODE"):
         rope = apply_clex(model)
     assert not rope.proj_func.ode_down_proj.any()
+
+
+def test_changed_settings_keep_the_checkpoints_weights(tmp_path):
+    model = clex_model("llama")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    rope = apply_clex(loaded, clex_config(model, scale_policy="continuous"))
+    assert torch.equal(rope.proj_func.ode_down_proj, model.model.clex_layer.proj_func.ode_down_proj)
+    assert loaded.config.rope_parameters["scale_policy"] == "continuous"
+
+
+def test_checkpoint_that_is_not_found_is_refused(tmp_path):
+    clex_model("llama").save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(ValueError, match="model: expected a file of weights where it was loaded from"):
+        apply_clex(model)
+    model.config._name_or_path = ""
+    assert not apply_clex(model).proj_func.ode_down_proj.any()
 
 
 def test_weights_of_another_size_are_refused(tmp_path):
@@ -175,7 +217,7 @@ def test_lora_trains_and_keeps_the_ode_with_its_adapter(tmp_path):
 
 def test_patching_a_peft_model_says_what_to_do():
     tuned = get_peft_model(stock_model("llama"), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(TypeError, match="patch the model first"):
+    with pytest.raises(TypeError, match="before get_peft_model wraps it"):
         apply_clex(tuned, ClexConfig(head_dim=12, train_length=8))
 
 
@@ -187,7 +229,7 @@ def gemma():
 @pytest.mark.parametrize(
     ("make", "config", "options", "error", "message"),
     [
-        (gemma, ClexConfig(16, 8), {}, ValueError, "model: expected one of the families llama, .*got GemmaForCausalLM"),
+        (gemma, ClexConfig(16, 8), {}, ValueError, "families llama, .*got GemmaForCausalLM"),
         (lambda: torch.nn.Linear(2, 2), ClexConfig(16, 8), {}, TypeError, "model: expected a transformers"),
         (lambda: stock_model("llama"), ClexConfig(16, 8), {}, ValueError, "config.head_dim: expected the model's 12"),
         (lambda: stock_model("phi"), ClexConfig(16, 8), {}, ValueError, "config.rotary_dim: expected the model's 8"),
@@ -260,8 +302,21 @@ def test_remove_from_an_unpatched_model_is_refused():
 
 
 def test_attention_weights_are_refused():
+    model = clex_model("llama")
     with pytest.raises(ValueError, match="output_attentions: expected False"):
-        clex_model("llama")(TOKENS, output_attentions=True)
+        model(TOKENS, output_attentions=True)
+    model.config._output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        model(TOKENS)
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        remove_clex(model) or apply_clex(model, clex_config(model))
+
+
+def test_attention_to_later_tokens_is_refused():
+    model = clex_model("llama")
+    model.model.layers[0].self_attn.is_causal = False
+    with pytest.raises(ValueError, match="is_causal: expected True"):
+        model(TOKENS)
 
 
 def test_cache_of_rotated_keys_is_refused():
@@ -311,7 +366,7 @@ def test_padding_on_the_right_of_cached_tokens_is_refused():
     with torch.no_grad():
         cache = model(TOKENS, attention_mask=mask, use_cache=True).past_key_values
         mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), dim=1)
-        with pytest.raises(ValueError, match="got holes in row 0"):
+        with pytest.raises(ValueError, match="padding on the left of cached tokens only"):
             model(TOKENS[:, :1], attention_mask=mask, past_key_values=cache)
 
 
@@ -331,11 +386,30 @@ def test_inputs_embeds_and_positional_arguments_serve():
         assert torch.equal(model.lm_head(model.model(TOKENS, PADDED[1].fill_(1)).last_hidden_state), expected)
 
 
-def test_reentrant_checkpointing_is_refused():
-    model = clex_model("llama").train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(ValueError, match="use_reentrant: expected False"):
-        model(TOKENS)
+def test_checkpointing_drops_no_cache():
+    model = clex_model("llama")
+    with torch.no_grad():
+        cache = model(TOKENS[:, :9], use_cache=True).past_key_values
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="cache: expected an empty one under activation checkpointing"):
+        model(TOKENS[:, 9:], past_key_values=cache)
+
+
+def test_only_training_steps_draw(monkeypatch):
+    model = clex_model("llama")
+    draws = []
+    rope, sample = model.model.clex_layer, model.model.clex_layer.sample
+    monkeypatch.setattr(rope, "sample", lambda *args, **options: draws.append(options) or sample(*args, **options))
+    expected = logits_of(model)
+    assert torch.equal(model(TOKENS).logits, expected)
+    model.train()
+    assert torch.equal(logits_of(model), expected)
+    with torch.no_grad():
+        cache = model(TOKENS[:, :18], use_cache=True).past_key_values
+    assert model(TOKENS[:, 18:], past_key_values=cache).logits.requires_grad
+    assert draws == []
+    model(TOKENS)
+    assert draws == [{"positions": "runs", "factors": "integer", "plain_share": 0.25}]
 
 
 def test_training_forward_draws_from_the_generator_given():

@@ -77,11 +77,15 @@ def true_logits(model: PreTrainedModel, tokens: Tensor, t: float | None = None) 
     """Logits [B, L, V] of a patched model's weights in stock transformers, at the t of L tokens (or `t`)."""
     rope = model.base_model.clex_layer
     length = tokens.shape[1] if t is None else int(t * rope.config.train_length)
+    return stock_of(model, rope(length).freq)(tokens, use_cache=False).logits
+
+
+def stock_of(model: PreTrainedModel, freq: Tensor) -> PreTrainedModel:
+    """A patched model's weights in stock transformers in fp64, rotated by `freq` [R]."""
     stock = type(model)(stock_config(model)).double().eval()
-    state = {name: value for name, value in model.state_dict().items() if "clex_layer" not in name}
-    stock.load_state_dict(state)
-    stock.base_model.rotary_emb = FixedRotary(rope(length).freq)
-    return stock(tokens, use_cache=False).logits
+    stock.load_state_dict({name: value for name, value in model.state_dict().items() if "clex_layer" not in name})
+    stock.base_model.rotary_emb = FixedRotary(freq)
+    return stock
 
 
 def stock_config(model: PreTrainedModel) -> AutoConfig:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from warnings import warn
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -23,7 +24,7 @@ def read_ode_weights(model: PreTrainedModel, rope: ClexRotaryEmbedding) -> None:
     Warns if the checkpoint has no such weights, which is right for a plain one that training with CLEX starts from.
 
     Raises:
-        ValueError: the weights there have other shapes than the config says.
+        ValueError: no file of weights is found, or those of the ODE have other shapes than the config says.
     """
     source = model.config._name_or_path
     if not source:
@@ -49,7 +50,11 @@ def _find(source: str, revision: str | None) -> dict[str, Tensor]:
     """Both weights under their names within the module; {} if a checkpoint has none."""
     path = next((path for name in _FILES if (path := _locate(source, name, revision))), None)
     if path is None:
-        return {}
+        raise ValueError(
+            f"model: expected a file of weights where it was loaded from, {source!r}, got none of {', '.join(_FILES)}."
+            ' For a model that was not loaded from there, set model.config._name_or_path = ""; for one from a subfolder'
+            " or variant, do that, then model.load_state_dict(..., strict=False) with its clex_layer weights"
+        )
     if path.suffix == ".json":
         shards = json.loads(path.read_text())["weight_map"]
         places = {name: _locate(source, shard, revision) for name, shard in shards.items() if name.endswith(ODE_NAMES)}
@@ -60,14 +65,13 @@ def _find(source: str, revision: str | None) -> dict[str, Tensor]:
 
 
 def _locate(source: str, name: str, revision: str | None) -> Path | None:
-    path = cached_file(
-        source,
-        name,
-        revision=revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    errors = ("gated_repo", "missing_entries", "connection_errors")
+    try:
+        quiet = {f"_raise_exceptions_for_{kind}": False for kind in errors}
+        path = cached_file(source, name, revision=revision, **quiet)
+    except OSError:
+        # a directory that is gone is taken for a name on the hub, and not a valid one.
+        return None
     return None if path is None else Path(path)
 
 
@@ -76,7 +80,7 @@ def _names(path: Path) -> list[str]:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
     else:
-        names = list(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+        names = list(_unpickle(path))
     return [name for name in names if name.endswith(ODE_NAMES)]
 
 
@@ -84,4 +88,9 @@ def _read(path: Path, name: str) -> Tensor:
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             return file.get_tensor(name)
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)[name]
+    return _unpickle(path)[name]
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    # files of torch < 1.6 can't be mapped.
+    return torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)

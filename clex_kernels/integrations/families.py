@@ -9,7 +9,7 @@ other models of the process.
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from torch import Tensor
@@ -37,7 +37,16 @@ class _Raw:
 
 RAW = _Raw()
 
-_patched: dict[str, tuple[Callable[..., Any], WeakSet[PreTrainedModel]]] = {}
+
+class _Patch(NamedTuple):
+    """What stands in a module for its function, the function, and the models that want it so."""
+
+    wrapper: Callable[..., Any]
+    original: Callable[..., Any]
+    models: WeakSet[PreTrainedModel]
+
+
+_patches: dict[str, _Patch] = {}
 
 
 def find_base(model: Any) -> PreTrainedModel:
@@ -48,38 +57,47 @@ def find_base(model: Any) -> PreTrainedModel:
         ValueError: its family is not in the table.
     """
     if not isinstance(model, PreTrainedModel):
-        hint = ""
-        if hasattr(model, "peft_config"):
-            hint = "; patch the model first, then give it to get_peft_model"
+        hint = (
+            "; give the model that is inside, before get_peft_model wraps it" if hasattr(model, "peft_config") else ""
+        )
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}{hint}")
     base = model.base_model
-    expected = FAMILIES.get(base.config.model_type)
-    if type(base).__name__ != expected:
+    expected = (_module_name(base), FAMILIES.get(base.config.model_type))
+    if not any((kind.__module__, kind.__name__) == expected for kind in type(base).__mro__):
         raise ValueError(
-            f"model: expected one of the families {', '.join(FAMILIES)}, got {type(model).__name__} (model_type"
-            f" {base.config.model_type!r}); for others use ClexAttention or attention() in the model's own code"
+            f"model: expected one of transformers' families {', '.join(FAMILIES)}, got {type(model).__name__}"
+            f" (model_type {base.config.model_type!r}); for others use ClexAttention or attention() in the model's code"
         )
     return base
 
 
 def pass_raw(base: PreTrainedModel) -> None:
-    """Let q and k of `base` pass its rotary function where it meets RAW."""
-    name = type(base).__module__
-    if name not in _patched:
-        original = getattr(sys.modules[name], _FUNCTION)
-        setattr(sys.modules[name], _FUNCTION, _unless_raw(original))
-        _patched[name] = original, WeakSet()
-    _patched[name][1].add(base)
+    """Let q and k of `base` pass its rotary function where it meets RAW, whoever else has replaced that meanwhile."""
+    name = _module_name(base)
+    patch, current = _patches.get(name), getattr(sys.modules[name], _FUNCTION)
+    if patch is None or patch.wrapper is not current:
+        models = WeakSet() if patch is None else patch.models
+        patch = _patches[name] = _Patch(_unless_raw(current), current, models)
+        setattr(sys.modules[name], _FUNCTION, patch.wrapper)
+    patch.models.add(base)
 
 
 def rotate_again(base: PreTrainedModel) -> None:
     """Undo `pass_raw`; the last model of a family gives its module the original function back."""
-    name = type(base).__module__
-    original, models = _patched.get(name, (None, WeakSet()))
-    models.discard(base)
-    if original is not None and not models:
-        setattr(sys.modules[name], _FUNCTION, original)
-        del _patched[name]
+    name = _module_name(base)
+    patch = _patches.get(name)
+    if patch is None:
+        return
+    patch.models.discard(base)
+    if not patch.models and getattr(sys.modules[name], _FUNCTION) is patch.wrapper:
+        setattr(sys.modules[name], _FUNCTION, patch.original)
+        del _patches[name]
+
+
+def _module_name(base: PreTrainedModel) -> str:
+    # not that of the class, which FSDP exchanges for one of its own.
+    kind = base.config.model_type
+    return f"transformers.models.{kind}.modeling_{kind}"
 
 
 def _unless_raw(rotate: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,9 @@ attention is this package's, and the base model has the module `clex_layer`, und
 (`model.clex_layer.proj_func.ode_up_proj`). save_pretrained writes settings and weights; from_pretrained and apply_clex
 bring them back, since importing this file makes the RoPE type "clex" known to transformers.
 
+RoPE scaled otherwise (linear, YaRN, LongRoPE, Llama 3.1's) is refused, since CLEX starts from plain frequencies. Models
+that share one configuration object are patched together or not at all, since that object has the settings.
+
 In training mode every forward draws one t and one set of positions for all layers; else t comes from the lengths, of
 each sequence by itself.
 """
@@ -22,8 +25,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddin
 
 from clex_kernels.config import ClexConfig, check_config
 from clex_kernels.integrations.checkpoints import read_ode_weights
-from clex_kernels.integrations.families import find_base, pass_raw, rotate_again
-from clex_kernels.integrations.raw_keys import IMPLEMENTATION, RawKeyRotary, Tokens, register
+from clex_kernels.integrations.families import find_base, rotate_again
+from clex_kernels.integrations.raw_keys import IMPLEMENTATION, RawKeyRotary
+from clex_kernels.integrations.steps import Tokens
 from clex_kernels.modules import ClexRotaryEmbedding
 from clex_kernels.sampling import check_sampling
 from clex_kernels.tables import RotaryTable, RotaryTableStack
@@ -50,9 +54,9 @@ def apply_clex(
 
     Args:
         model: from_pretrained's or a fresh one, with any attention implementation but flash_attention_*.
-        config: all settings; None: those of model.config, whose RoPE is of type "clex". Then the weights of the ODE
-            come from the checkpoint that the model was loaded from; without any there they start as plain NTK-aware
-            scaling (with a warning).
+        config: all settings; None: those of model.config, whose RoPE is of type "clex".
+            Where it is, the weights of the ODE come from the checkpoint that the model was loaded from; if there are
+            none in it, they start as plain NTK-aware scaling, with a warning.
         sampling: options of `ClexRotaryEmbedding.sample` for forwards in training mode: generator, positions, factors,
             plain_share. None: positions in runs, plain_share = 0.25, and torch's default generator.
 
@@ -61,25 +65,23 @@ def apply_clex(
 
     Raises:
         TypeError: model, config or an option is of the wrong type.
-        ValueError: the family is unknown, the settings don't fit the model, or it is patched already.
+        ValueError: the family is unknown, the settings don't fit the model, it is patched already, or the files of
+            its checkpoint are not found.
     """
     base = find_base(model)
     _check_fresh(base)
-    from_checkpoint = config is None
-    config = ClexConfig.from_transformers(base.config) if from_checkpoint else config
+    config = ClexConfig.from_transformers(base.config) if config is None else config
     check_config(config)
     _check_fits(base, config)
     sampling = _check_sampling(sampling)
-    embedding = base.get_input_embeddings().weight
-    # the ODE's weights stay fp32 in half precision, and follow to fp64, whose tables attention asks for.
-    rope = ClexRotaryEmbedding(config, embedding.device).to(embedding.dtype).train(base.training)
-    if from_checkpoint:
+    rope = ClexRotaryEmbedding(config, _device_of(base)).train(base.training)
+    if base.dtype == torch.float64:
+        # attention asks for tables in fp64 then.
+        rope.double()
+    if base.config.rope_parameters["rope_type"] == "clex":
         read_ode_weights(model, rope)
-    register()
     base.clex_layer = rope
-    rotary = RawKeyRotary(base.rotary_emb, _ClexFrequencies(base, config, sampling))
-    rotary.attach(base)
-    pass_raw(base)
+    RawKeyRotary(base.rotary_emb, _ClexFrequencies(base, config, sampling)).attach(base)
     base.config.rope_parameters = config.to_transformers()
     base.config.max_position_embeddings = config.train_length * config.max_factor
     model.set_attn_implementation(IMPLEMENTATION)
@@ -120,18 +122,26 @@ class _ClexFrequencies:
         rope = base.clex_layer
         if base.training and torch.is_grad_enabled() and tokens.are_first:
             return rope.sample(tokens.new, **self.sampling)
-        end, lengths = tokens.end, tokens.lengths
-        if lengths is None:
-            return rope(end)
-        room = max(end, self.config.train_length * self.config.max_factor) if isinstance(end, int) else None
+        if tokens.lengths is None:
+            return rope(tokens.end)
         if self.config.scale_policy == "integer":
-            return rope.stack(room)
-        return rope.at(lengths, room)
+            return rope.stack(max(tokens.most, self.config.train_length * self.config.max_factor))
+        return rope.at(tokens.lengths, tokens.most)
+
+
+def _device_of(base: PreTrainedModel) -> torch.device:
+    """Where the model computes; weights that are offloaded say "meta"."""
+    return next((weight.device for weight in base.parameters() if not weight.is_meta), torch.device("cpu"))
 
 
 def _check_fresh(base: PreTrainedModel) -> None:
     if isinstance(base.rotary_emb, RawKeyRotary):
         raise ValueError("model: expected one that is not patched, got one that is; remove_clex undoes it")
+    if getattr(base, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "model: expected one without adapters, got one loaded from an adapter's directory; load the base model,"
+            " apply_clex, then PeftModel.from_pretrained"
+        )
     implementation = base.config._attn_implementation or ""
     if "flash" in implementation:
         raise ValueError(
