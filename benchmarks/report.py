@@ -24,8 +24,9 @@ from benchmarks.shapes import LAYER_GOALS, LAYER_LENGTHS
 from examples.train_tiny import CONFIG, Trainer, TrainingRun, train
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = ("torch", "triton", "torchdiffeq", "pytest-benchmark")
+LIBRARIES = ("torch", "triton", "transformers", "torchdiffeq", "pytest-benchmark")
 SECTIONS = {
+    "whole model": "Whole model",
     "frequencies": "Frequencies",
     "tables": "Tables",
     "end to end": "Weights to cos and sin",
@@ -36,6 +37,12 @@ SECTIONS = {
     "decode": "Decode",
     "training": "Training step",
 }
+MODEL_TEXT = """\
+A small Llama of transformers: a training step with its optimizer, and a decode step over a filled cache. CLEX is
+apply_clex: in training with t and positions drawn anew and gradients to the ODE, in decoding with t by length. Frozen
+is the same patched model over raw keys with plain RoPE's frequencies; transformers is the model as it is, with plain
+RoPE, eager rotary and sdpa; its fastest form is that of several, named in the last column. Caches are dynamic ones, but
+where that column says otherwise: torch.cat copies transformers' whole at every step, and raw keys' grow in place."""
 LAYER_DEVICES = ("cpu", "cuda")
 LAYER_TEXT = """\
 Projections, attention and output projection, forward and backward, bf16. CLEX has sampled positions and gradients to
@@ -65,11 +72,12 @@ each timed call, untimed, other inputs (or other weights) are written into the t
 decode step another cache is taken, which the CPU's caches hold nothing of; a QKV projection keeps its weights, as a
 model does, but finds them out of the caches. After it, untimed, its output is compared with fp64 (frequencies:
 torchdiffeq dopri8 at 1e-13), and the largest error of all its calls is shown; of attention and of the QKV projection,
-at sampled rows, as their tables say. The rival is the fastest of the formulations listed with it; of a decode step,
-over keys rotated beforehand. The floor is a copy of the bytes that the operation writes; of attention, PyTorch's own
-on q and k rotated beforehand; of the QKV projection, one linear with nothing rotated; of a decode step, the fastest of
-several ways to read K and V once. Peak memory is the most bytes of tensors held at once beside inputs and weights, in
-one call. Threads and memory policy stand under each table. The ratio to the authors' way is no headline: it says how
+at sampled rows, as their tables say; of a whole model, of its logits, by the same weights in fp64. The rival is the
+fastest of the formulations listed with it; of a decode step, over keys rotated beforehand. The floor is a copy of the
+bytes that the operation writes; of attention, PyTorch's own on q and k rotated beforehand; of the QKV projection, one
+linear with nothing rotated; of a decode step, the fastest of several ways to read K and V once. Peak memory is the
+most bytes of tensors held at once beside inputs and weights, in one call. Threads and memory policy stand under each
+table. The ratio to the authors' way is no headline: it says how
 slow eager mode is; the floor and plain RoPE say what is left to gain."""
 
 
@@ -161,6 +169,13 @@ def error_goals(cases: list[summary.Info]) -> dict[float, float]:
     return {info["positions"]: info["goals"][0]["bound"] for info in cases if info["section"] == "end to end"}
 
 
+def model_parts(cases: list[summary.Info]) -> list[str]:
+    """The headline: what CLEX costs in a whole model."""
+    measured = any(info["section"] == "whole model" for info in cases)
+    figures = ["Median time, *measured*:", summary.model_table(cases)] if measured else ["Not measured in this run."]
+    return ["## Overhead of CLEX in the whole model", MODEL_TEXT, *figures]
+
+
 def layer_parts(cases: list[summary.Info]) -> list[str]:
     """What CLEX adds to an attention layer: latency and peak memory by length, for every device that ran."""
     parts = []
@@ -211,6 +226,7 @@ def index(about: dict[str, str], run: TrainingRun, cases: list[summary.Info], el
     if not complete:
         parts.append("**Some benchmarks failed: their rows are missing below.**")
     parts += [
+        *model_parts(cases),
         "## Overhead over plain RoPE",
         "Time with frequencies that change or are learned, over the same operation by this package with fixed ones. "
         "Without a gradient it is the same kernel over another table: there, the distance from 1 is this run's noise. "

@@ -117,6 +117,25 @@ def layer_table(costs: Mapping[int, LayerCost], lengths: Iterable[int], quantity
     return markdown_table(header, rows)
 
 
+def model_table(cases: Iterable[Info]) -> str:
+    """Whole steps of a model, in the order they ran: what CLEX takes over frozen frequencies and over plain RoPE."""
+    rows = []
+    for info in cases:
+        if info["section"] == "whole model":
+            names = (*info["overhead"], info["curves"]["stock"], info["rival"])
+            clex, *others = (info["seconds"][name] for name in names)
+            rows.append(
+                [
+                    f"{info['row']}: {info['case']}",
+                    *(duration(seconds) for seconds in (clex, *others)),
+                    *(number(clex / seconds, "x") for seconds in others),
+                    info["rival"],
+                ]
+            )
+    header = ["step", "CLEX", "frozen", "transformers", "its fastest form", "CLEX over frozen", "over transformers"]
+    return markdown_table([*header, "over its fastest form", "which is"], rows)
+
+
 def decode_table(cases: Iterable[Info]) -> str:
     """Decode steps that have a rival, in the order they ran: latencies, and what they move."""
     rows = []

@@ -209,7 +209,7 @@ GENERATION = {
 
 
 @pytest.mark.parametrize("options", GENERATION.values(), ids=GENERATION)
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2"])
 def test_generating_for_a_padded_batch_equals_each_prompt_alone(family, options):
     model = clex_model(family)
     rows = [random_tokens(1, 5, 1)[0], random_tokens(1, 13, 2)[0]]
