@@ -217,3 +217,26 @@ def test_a_training_step_reaches_both_weights_of_the_ode() -> None:
     for parameter in rope.parameters():
         assert parameter.grad.isfinite().all()
         assert parameter.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*", "ignore:.*max_factor.*", "ignore:lengths past.*")
+def test_patched_transformers_model_is_the_cpus(is_static: bool) -> None:
+    from transformers import DynamicCache, StaticCache
+    from transformers_models import clex_model, pad_left, random_tokens
+
+    tokens, mask = pad_left([random_tokens(1, 9, 1)[0], random_tokens(1, 30, 2)[0]])
+    logits = []
+    for device in ("cpu", "cuda"):
+        model = clex_model("llama").float().to(device)
+        cache = StaticCache(config=model.config, max_cache_len=40) if is_static else DynamicCache(config=model.config)
+        parts, first = [], 0
+        for last in (28, 29, 30):
+            part, seen = tokens[:, first:last].to(device), mask[:, :last].to(device)
+            with torch.no_grad():
+                parts.append(model(part, attention_mask=seen, past_key_values=cache).logits)
+            first = last
+        logits.append(torch.cat(parts, dim=1).cpu())
+    for row, length in enumerate((9, 30)):
+        expected, actual = (x[row, -length:] for x in logits)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
