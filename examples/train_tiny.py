@@ -52,10 +52,17 @@ class Block(nn.Module):
 class TinyLlama(nn.Module):
     """Bytes in, logits over bytes out; the embedding is tied. The caller brings the rotary table."""
 
-    def __init__(self, config: ClexConfig, width: int = WIDTH, layers: int = LAYERS):
+    def __init__(
+        self,
+        config: ClexConfig,
+        width: int = WIDTH,
+        layers: int = LAYERS,
+        heads: int = HEADS,
+        kv_heads: int = KV_HEADS,
+    ):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, width)
-        self.blocks = nn.ModuleList(Block(config, width, HEADS, KV_HEADS) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(config, width, heads, kv_heads) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
         nn.init.normal_(self.embedding.weight, std=0.02)
 

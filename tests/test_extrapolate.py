@@ -13,12 +13,13 @@ pytest.importorskip("matplotlib")
 from clex_kernels import ClexConfig, ClexRotaryEmbedding, RotaryTable
 from examples import extrapolate, extrapolate_search
 from examples.extrapolation import corpus, evaluation, methods, runs, summary, training, workers
-from examples.extrapolation.methods import METHODS, Rotary
+from examples.extrapolation.methods import METHODS, ODE_ALONE, ODE_ALONE_SLOW, UNTUNED, Rotary
 from examples.extrapolation.settings import Base, Ode, Reading, Tuning, storage_key
 from examples.train_tiny import next_byte_loss
 
 TINY = Tuning(Base(train_length=16, head_dim=8, heads=2, kv_heads=1, width=32, layers=1, batch=4, steps=3), steps=3)
 READING = Reading(segments=2, split="validation")
+ALL_METHODS = (*METHODS, UNTUNED, ODE_ALONE, ODE_ALONE_SLOW)
 BY_NAME = {method.name: method for method in METHODS}
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -193,17 +194,19 @@ def test_storage_keys_differ_in_every_setting():
 
 
 def fake_results() -> list[dict]:
-    rules = {method.name: runs.rules_of(method) for method in METHODS}
     return [
         {
-            "method": name,
+            "method": method.name,
             "seed": seed,
             "scores": {
-                rule: {str(factor): [4.0 + seed + shift * factor, 4.0 + seed] for factor in (1, 4, 8)}
-                for rule in rules[name]
+                rule: {
+                    str(factor): [4.0 + seed + (0.01 if method.learns else 0.5) * factor, 4.0 + seed]
+                    for factor in (1, 4, 8)
+                }
+                for rule in runs.rules_of(method)
             },
         }
-        for name, shift in ((method.name, 0.01 if method.learns else 0.5) for method in METHODS)
+        for method in ALL_METHODS
         for seed in (0, 1)
     ]
 
@@ -224,26 +227,34 @@ def test_only_rows_within_the_bound_are_called_flat():
 
 
 def test_every_row_has_a_method_and_a_rule_it_is_read_with():
-    by_name = {method.name: method for method in METHODS}
-    assert all(row.rule in runs.rules_of(by_name[row.method]) for row in summary.ROWS)
-    assert {row.method for row in summary.ROWS} == set(by_name)
+    by_name = {method.name: method for method in ALL_METHODS}
+    rows = (*summary.ROWS, *summary.FROZEN_ROWS)
+    assert all(row.rule in runs.rules_of(by_name[row.method]) for row in rows)
+    assert {row.method for row in rows} == set(by_name)
 
 
-def test_the_report_is_written(store, tmp_path):
-    jobs = [runs.Job(TINY, method, READING) for method in METHODS]
-    results = [runs.do_job(job) for job in jobs]
-    extrapolate.write_report(jobs, results, tmp_path / "report")
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {
-        "extrapolation.json",
-        "extrapolation.png",
-        "extrapolation_frequencies.png",
-    }
+def test_the_report_of_a_plan_is_written(store, tmp_path):
+    jobs = extrapolate.plan_of(TINY, 2, (0,), READING)
+    shown = extrapolate.write_report(jobs, [runs.do_job(job) for job in jobs], tmp_path / "report")
+    report = json.loads((tmp_path / "report" / "extrapolation.json").read_text())
+    assert {result["method"] for result in report["results"]} == {method.name for method in ALL_METHODS}
+    assert shown == extrapolate.tables(report["results"])
+    assert (tmp_path / "report" / "extrapolation.png").stat().st_size > 0
+    assert (tmp_path / "report" / "extrapolation_frequencies.png").stat().st_size > 0
+
+
+def test_a_model_that_is_not_fine_tuned_stays_as_it_was(store):
+    model = runs.load_base(TINY.base)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    training.fine_tune(model, replace(TINY, steps=0), UNTUNED)
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
 
 
 def test_trials_of_the_search_differ_and_read_validation_text_only():
-    jobs = [trial.job() for trial in extrapolate_search.TRIALS]
-    assert len({job.path for job in jobs}) == len(jobs)
-    assert all(job.reading.split == "validation" for job in jobs)
+    trials = extrapolate_search.TRIALS
+    assert len({(trial.job().path, trial.rule) for trial in trials}) == len({trial.name for trial in trials})
+    assert len({trial.name for trial in trials}) == len(trials)
+    assert all(trial.job().reading.split == "validation" for trial in trials)
 
 
 def test_the_document_shows_the_committed_results():
