@@ -21,7 +21,7 @@ from benchmarks.end_to_end_case import (
 )
 from benchmarks.measure import Comparison, Goal, compare, record
 
-TRAINING_ROUNDS = 6
+TRAINING_ROUNDS = 15
 DECODE_ROUNDS = 31
 # the slow ways run in one of so many rounds.
 SLOW = 3
