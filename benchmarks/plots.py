@@ -4,35 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
 from benchmarks.summary import LayerCost, Overhead
 from clex_kernels import ClexConfig, reference, solve_frequencies
+from examples.figures import save
 
 OURS, THEIRS, BETWEEN, FAINT = "#0b6e4f", "#b5473c", "#c9902c", "#9aa5b1"
 SIZE = (8.0, 4.5)
 SHOWN_PAIRS = 7
-
-plt.rcParams.update(
-    {
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.3,
-        "font.size": 10,
-    }
-)
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def plot_loss(losses: Sequence[float], seconds: float, path: Path) -> None:

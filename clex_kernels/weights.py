@@ -49,9 +49,13 @@ class OdeProjection(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def plain_frequencies(config: ClexConfig, device: torch.device | str = "cpu") -> Tensor:
+    """Those of plain RoPE, b^(-i/R), [R] fp64 in rad/token."""
+    return config.rope_base ** -(torch.arange(config.pairs, dtype=torch.float64, device=device) / config.pairs)
+
+
 def are_plain(inv_freq: Tensor, config: ClexConfig) -> bool:
     """Whether inv_freq holds the frequencies [R] of plain RoPE, which checkpoints carry as a buffer."""
-    steps = torch.arange(config.pairs, dtype=torch.float64, device="cpu") / config.pairs
-    plain = config.rope_base**-steps
+    plain = plain_frequencies(config)
     # bf16 checkpoints round them to 3 digits.
     return inv_freq.shape == plain.shape and torch.allclose(inv_freq.double().cpu(), plain, rtol=1e-2)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+# of the extra "bench".
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
@@ -78,8 +81,6 @@ def test_the_ntk_rule_is_clex_with_the_ode_off():
 
 
 def test_the_yarn_rule_is_that_of_transformers():
-    transformers = pytest.importorskip("transformers")
-    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
     config = ClexConfig(head_dim=64, train_length=512, max_factor=16)
     rope = {
         "rope_type": "yarn",
@@ -88,8 +89,8 @@ def test_the_yarn_rule_is_that_of_transformers():
         "original_max_position_embeddings": 512,
         "partial_rotary_factor": 1.0,
     }
-    theirs = transformers.LlamaConfig(hidden_size=128, num_attention_heads=2, head_dim=64, rope_parameters=rope)
-    inv_freq, amplitude = rope_utils.ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
+    theirs = LlamaConfig(hidden_size=128, num_attention_heads=2, head_dim=64, rope_parameters=rope)
+    inv_freq, amplitude = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
     freq, our_amplitude = methods.frequencies("yarn", 8.0, config)
     torch.testing.assert_close(freq.float(), inv_freq)
     assert our_amplitude == pytest.approx(amplitude)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-pytest.importorskip("accelerate")
+# of the extra "bench".
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
@@ -93,7 +93,6 @@ def test_resuming_from_nothing_says_so(tmp_path):
         train.train(options_in(tmp_path, resume=True), TEXT)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="both processes would ask for a GPU of their own")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="each process would ask for a GPU of its own")
 def test_two_processes_train_as_one(tmp_path, monkeypatch):
     options = options_in(tmp_path / "two", checkpointing=True, plain_share=0.5)

@@ -107,3 +107,12 @@ def pad_left(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     tokens = torch.stack([torch.cat((row.new_zeros(longest - len(row)), row)) for row in rows])
     mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
     return tokens, mask
+
+
+TOKENS = random_tokens(2, 19)
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, tokens: Tensor | None = TOKENS, **options: object) -> Tensor:
+    """Logits [B, L, V] of one forward, without gradients."""
+    return model(tokens, **options).logits

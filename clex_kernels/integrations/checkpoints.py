@@ -9,13 +9,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 
 from clex_kernels.modules import ClexRotaryEmbedding
 
-# whole files before parts, and safetensors before pickles, as transformers has it.
-_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-ODE_NAMES = ("proj_func.ode_up_proj", "proj_func.ode_down_proj")
+# the order in which transformers looks for weights.
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+# how their names end, whatever the base model is called.
+ODE_NAMES = ("clex_layer.proj_func.ode_up_proj", "clex_layer.proj_func.ode_down_proj")
 
 
 def read_ode_weights(model: PreTrainedModel, rope: ClexRotaryEmbedding) -> None:
@@ -37,7 +44,7 @@ def read_ode_weights(model: PreTrainedModel, rope: ClexRotaryEmbedding) -> None:
         )
         return
     state = rope.state_dict()
-    for name, value in found.items():
+    for name, value in sorted(found.items(), reverse=True):
         if value.shape != state[name].shape:
             raise ValueError(
                 f"{name}: expected shape {list(state[name].shape)} for the config's rotary_dim and hidden_factor, got"
@@ -48,20 +55,21 @@ def read_ode_weights(model: PreTrainedModel, rope: ClexRotaryEmbedding) -> None:
 
 def _find(source: str, revision: str | None) -> dict[str, Tensor]:
     """Both weights under their names within the module; {} if a checkpoint has none."""
-    path = next((path for name in _FILES if (path := _locate(source, name, revision))), None)
+    path = next((path for name in WEIGHT_FILES if (path := _locate(source, name, revision))), None)
     if path is None:
         raise ValueError(
-            f"model: expected a file of weights where it was loaded from, {source!r}, got none of {', '.join(_FILES)}."
+            f"model: expected a file of weights where it was loaded from, {source!r}, got none of"
+            f" {', '.join(WEIGHT_FILES)}."
             ' For a model that was not loaded from there, set model.config._name_or_path = ""; for one from a subfolder'
             " or variant, do that, then model.load_state_dict(..., strict=False) with its clex_layer weights"
         )
+    paths = [path]
     if path.suffix == ".json":
         shards = json.loads(path.read_text())["weight_map"]
-        places = {name: _locate(source, shard, revision) for name, shard in shards.items() if name.endswith(ODE_NAMES)}
-    else:
-        places = dict.fromkeys(_names(path), path)
-    found = {name.split("clex_layer.")[-1]: _read(path, name) for name, path in places.items()}
-    return {name: found[name] for name in ODE_NAMES} if set(found) == set(ODE_NAMES) else {}
+        names = {shard for name, shard in shards.items() if name.endswith(ODE_NAMES)}
+        paths = [path for name in sorted(names) if (path := _locate(source, name, revision))]
+    found = {name: value for path in paths for name, value in _read(path).items()}
+    return found if len(found) == len(ODE_NAMES) else {}
 
 
 def _locate(source: str, name: str, revision: str | None) -> Path | None:
@@ -75,22 +83,14 @@ def _locate(source: str, name: str, revision: str | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-def _names(path: Path) -> list[str]:
+def _read(path: Path) -> dict[str, Tensor]:
+    """The ODE's weights in one file, by their names within the module."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             names = list(file.keys())
+            found = {name: file.get_tensor(name) for name in names if name.endswith(ODE_NAMES)}
     else:
-        names = list(_unpickle(path))
-    return [name for name in names if name.endswith(ODE_NAMES)]
-
-
-def _read(path: Path, name: str) -> Tensor:
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
-    return _unpickle(path)[name]
-
-
-def _unpickle(path: Path) -> dict[str, Tensor]:
-    # files of torch < 1.6 can't be mapped.
-    return torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
+        # files of torch < 1.6 can't be mapped.
+        tensors = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
+        found = {name: value for name, value in tensors.items() if name.endswith(ODE_NAMES)}
+    return {name.split("clex_layer.")[-1]: value for name, value in found.items()}

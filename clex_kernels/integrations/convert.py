@@ -34,19 +34,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import (
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-)
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from clex_kernels.config import ClexConfig, one_of
+from clex_kernels.integrations.checkpoints import ODE_NAMES, WEIGHT_FILES
 from clex_kernels.weights import are_plain
 
-# the order in which transformers looks for weights.
-_WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 _COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -74,7 +67,6 @@ _REWRITTEN = (
     "use_flashattn",
     "data_length",
 )
-_ODE_NAMES = ("clex_layer.proj_func.ode_up_proj", "clex_layer.proj_func.ode_down_proj")
 _CLEX_BUFFER = "clex_layer.inv_freq"
 _BUFFERS = (_CLEX_BUFFER, "rotary_emb.inv_freq")
 # model types the authors have code for.
@@ -230,9 +222,9 @@ def _checked(written: dict[str, Any], config: ClexConfig) -> dict[str, Any]:
 
 def _find_shards(source: Path) -> dict[Path, set[str]]:
     """The files with weights, and the names that an index says are in each."""
-    path = next((source / name for name in _WEIGHT_FILES if (source / name).is_file()), None)
+    path = next((source / name for name in WEIGHT_FILES if (source / name).is_file()), None)
     if path is None:
-        raise ValueError(f"{source}: expected one of the files {', '.join(_WEIGHT_FILES)}, got none")
+        raise ValueError(f"{source}: expected one of the files {', '.join(WEIGHT_FILES)}, got none")
     if path.suffix != ".json":
         return {path: set()}
     places = _read_json(path).get("weight_map")
@@ -252,7 +244,7 @@ def _find_shards(source: Path) -> dict[Path, set[str]]:
 
 def _check_weights(shards: Mapping[Path, set[str]], config: ClexConfig) -> None:
     pairs, hidden = config.pairs, config.hidden_size
-    shapes = dict(zip(_ODE_NAMES, ([pairs, hidden], [hidden, pairs]), strict=True))
+    shapes = dict(zip(ODE_NAMES, ([pairs, hidden], [hidden, pairs]), strict=True))
     places: dict[str, Path] = {}
     for shard, promised in shards.items():
         tensors = _load_shard(shard)
@@ -274,7 +266,7 @@ def _check_weights(shards: Mapping[Path, set[str]], config: ClexConfig) -> None:
                     f"{shard}: {name}: expected the {pairs} plain frequencies of rope_theta = {config.rope_base:g},"
                     f" got {_described(tensor, config)}"
                 )
-    for ending in _ODE_NAMES:
+    for ending in ODE_NAMES:
         found = [name for name in places if name.endswith(ending)]
         if len(found) != 1:
             raise ValueError(f"{next(iter(shards)).parent}: expected one tensor *{ending}, got {found or 'none'}")
@@ -322,9 +314,9 @@ def _write_shards(shards: Mapping[Path, set[str]], directory: Path, inv_freq: Te
     size = 0
     for number, shard in enumerate(tqdm(shards, desc="converting", unit="shard", disable=len(shards) == 1), start=1):
         tensors = {name: value for name, value in _load_shard(shard).items() if not name.endswith(_BUFFERS)}
-        up = next((name for name in tensors if name.endswith(_ODE_NAMES[0])), None)
+        up = next((name for name in tensors if name.endswith(ODE_NAMES[0])), None)
         if inv_freq is not None and up is not None:
-            tensors[up.removesuffix(_ODE_NAMES[0]) + _CLEX_BUFFER] = inv_freq
+            tensors[up.removesuffix(ODE_NAMES[0]) + _CLEX_BUFFER] = inv_freq
         file = SAFE_WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(_separate(tensors), directory / file, metadata={"format": "pt"})
         places.update(dict.fromkeys(tensors, file))

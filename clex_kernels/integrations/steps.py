@@ -76,7 +76,8 @@ class Step(NamedTuple):
 def find_tokens(given: Mapping[str, Any]) -> Tokens:
     """Where the tokens of a forward stand, from its arguments by name.
 
-    Masks and positions on a device are looked at once per prompt, which waits for it, and not while decoding.
+    Masks and positions on a device, where they are given, are looked at once per prompt and training step, which waits
+    for the device, and not while decoding.
 
     Raises:
         TypeError, ValueError: the mask is no mask of padding, or position_ids are not consecutive.

@@ -31,12 +31,13 @@ from clex_kernels.integrations.steps import Tokens
 from clex_kernels.modules import ClexRotaryEmbedding
 from clex_kernels.sampling import check_sampling
 from clex_kernels.tables import RotaryTable, RotaryTableStack
+from clex_kernels.weights import plain_frequencies
 
 __all__ = ["apply_clex", "remove_clex"]
 
 # contiguous runs, and every fourth step at t = 1: with uniform positions a toy model learned to interpolate between
-# sparse tokens and failed on neighbours (perplexity at 8x 4.5 against 3.2), and without plain steps it lost at 1x
-# (3.44 against 3.17). The authors train large models with positions="uniform", plain_share=0.0.
+# sparse tokens and failed on neighbours (docs/extrapolation.md: perplexity at 8x 5.88 against 4.15), and another one
+# lost at 1x without plain steps. The authors train large models with positions="uniform", plain_share=0.0.
 SAMPLING: Mapping[str, Any] = {"positions": "runs", "factors": "integer", "plain_share": 0.25}
 
 # types whose frequencies are those of plain RoPE up to the length of training.
@@ -69,7 +70,7 @@ def apply_clex(
             its checkpoint are not found.
     """
     base = find_base(model)
-    _check_fresh(base)
+    _check_fresh(model, base)
     config = ClexConfig.from_transformers(base.config) if config is None else config
     check_config(config)
     _check_fits(base, config)
@@ -134,10 +135,10 @@ def _device_of(base: PreTrainedModel) -> torch.device:
     return next((weight.device for weight in base.parameters() if not weight.is_meta), torch.device("cpu"))
 
 
-def _check_fresh(base: PreTrainedModel) -> None:
+def _check_fresh(model: PreTrainedModel, base: PreTrainedModel) -> None:
     if isinstance(base.rotary_emb, RawKeyRotary):
         raise ValueError("model: expected one that is not patched, got one that is; remove_clex undoes it")
-    if getattr(base, "_hf_peft_config_loaded", False):
+    if any(getattr(part, "_hf_peft_config_loaded", False) for part in (model, base)):
         raise ValueError(
             "model: expected one without adapters, got one loaded from an adapter's directory; load the base model,"
             " apply_clex, then PeftModel.from_pretrained"
@@ -182,11 +183,9 @@ def _check_sampling(sampling: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return options
 
 
-def _plain_frequencies(config: Any, device: torch.device | None = None, **_: Any) -> tuple[Tensor, float]:
+def _compute_parameters(config: Any, device: torch.device | None = None, **_: Any) -> tuple[Tensor, float]:
     """What transformers' own rotary embedding computes for the type "clex", until apply_clex replaces it."""
-    clex = ClexConfig.from_transformers(config)
-    steps = torch.arange(clex.pairs, dtype=torch.float32, device=device) / clex.pairs
-    return clex.rope_base**-steps, 1.0
+    return plain_frequencies(ClexConfig.from_transformers(config), device or "cpu").float(), 1.0
 
 
 def _validate(config: Any, parameters: Mapping[str, Any], ignore_keys: set[str] | None = None) -> None:
@@ -194,5 +193,5 @@ def _validate(config: Any, parameters: Mapping[str, Any], ignore_keys: set[str] 
         raise ValueError(f'rope_parameters: expected "max_factor" for type "clex", got {dict(parameters)}')
 
 
-ROPE_INIT_FUNCTIONS["clex"] = _plain_frequencies
+ROPE_INIT_FUNCTIONS["clex"] = _compute_parameters
 RotaryEmbeddingConfigMixin._validate_clex_rope_parameters = _validate

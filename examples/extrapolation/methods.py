@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clex_kernels import ClexConfig, ClexRotaryEmbedding, RotaryTable, RotaryTableStack
+from clex_kernels.weights import plain_frequencies
 from examples.extrapolation.settings import Tuning
 
 Rule = Literal["rope", "linear", "ntk", "yarn", "clex"]
@@ -59,11 +60,6 @@ METHODS = (
 UNTUNED = Method("no fine-tuning", "rope", "plain")
 ODE_ALONE = Method("CLEX, ODE alone", "clex", "runs")
 ODE_ALONE_SLOW = Method("CLEX, ODE alone, slow", "clex", "runs")
-
-
-def plain_frequencies(config: ClexConfig) -> Tensor:
-    """Plain RoPE's frequencies [R] fp64, rad/token."""
-    return config.rope_base ** -(torch.arange(config.pairs, dtype=torch.float64) / config.pairs)
 
 
 def frequencies(rule: Rule, t: float, config: ClexConfig) -> tuple[Tensor, float]:

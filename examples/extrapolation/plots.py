@@ -3,16 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import LogLocator
 
 from clex_kernels import ClexConfig
-from examples.extrapolation.methods import frequencies, plain_frequencies
+from clex_kernels.weights import plain_frequencies
+from examples.extrapolation.methods import frequencies
 from examples.extrapolation.summary import MEASURES, Perplexities, is_flat, spread
+from examples.figures import save
 
 # colour and line of each row that is drawn: dotted ones were not trained for it, dashed ones saw no runs.
 STYLES = {
@@ -30,17 +29,6 @@ STYLES = {
     "CLEX, runs": ("#0b6e4f", "-"),
 }
 SHOWN_PAIRS = 8
-
-plt.rcParams.update(
-    {
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.3,
-        "font.size": 10,
-    }
-)
 
 
 def plot_perplexity(perplexities: Perplexities, train_length: int, path: Path) -> None:
@@ -63,8 +51,7 @@ def plot_perplexity(perplexities: Perplexities, train_length: int, path: Path) -
     grid[0, 0].set_ylabel("test perplexity per byte, all rows")
     grid[1, 0].set_ylabel("rows within 3 % of their own 1x at 4x and 8x")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path, dpi=110)
 
 
 def _draw_rows(axes: plt.Axes, perplexities: Perplexities, labels: list[str], measure: str, train_length: int) -> None:
@@ -109,5 +96,4 @@ def plot_frequencies(learned: dict[str, dict[str, Any]], config: ClexConfig, pat
     grid[1, 0].set_ylabel("frequency / with the ODE off")
     title = "wavelength at t = 1"
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, title=title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path, dpi=110)
