@@ -108,6 +108,9 @@ class Frozen:
     def table(self, base: PreTrainedModel, tokens: Tokens) -> RotaryTable:
         return self.fixed
 
+    def state(self, base: PreTrainedModel, tokens: Tokens) -> None:
+        return None
+
 
 class ExactRotary(nn.Module):
     """In a model's `rotary_emb`: cosines and sines in fp64, of the frequencies and positions that were put here."""

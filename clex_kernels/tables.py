@@ -133,8 +133,25 @@ def _savable(tensor: Tensor) -> Tensor:
     return tensor.clone() if not torch.compiler.is_compiling() and tensor.is_inference() else tensor
 
 
+def _check_amplitude(amplitude: float | Tensor, freq: Tensor, dtype: torch.dtype) -> None:
+    """One for all tables, or one for each of them."""
+    if isinstance(amplitude, Tensor):
+        if amplitude.dtype != torch.float64:
+            raise TypeError(f"amplitude: expected a number or a torch.float64 tensor, got {amplitude.dtype}")
+        if amplitude.shape != freq.shape[:1] or amplitude.device != freq.device:
+            expected = f"shape [T] = [{freq.shape[0]}] on {freq.device}"
+            raise ValueError(f"amplitude: expected {expected}, got {list(amplitude.shape)} on {amplitude.device}")
+        values = amplitude.tolist() if on_host(amplitude) else []
+    else:
+        _check_number("amplitude", amplitude)
+        values = [amplitude]
+    for value in values:
+        if not 0.0 < value <= torch.finfo(dtype).max:
+            raise ValueError(f"amplitude: expected a finite number > 0 of {dtype}, got {value}")
+
+
 def _build(
-    freq: Tensor, length: int | None, positions: Tensor | None, amplitude: float, dtype: torch.dtype
+    freq: Tensor, length: int | None, positions: Tensor | None, amplitude: float | Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """coarse and fine of freq [T, R], once the rest of the arguments is found valid."""
     if (length is None) == (positions is None):
@@ -143,15 +160,16 @@ def _build(
         )
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
-    _check_number("amplitude", amplitude)
-    if not 0.0 < amplitude <= torch.finfo(dtype).max:
-        raise ValueError(f"amplitude: expected a finite number > 0 of {dtype}, got {amplitude}")
+    _check_amplitude(amplitude, freq, dtype)
     if length is None:
         length = 0
     elif isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
         raise TypeError(f"length: expected an int, got {type(length).__name__}")
     elif not 0 <= length <= MAX_LENGTH:
         raise ValueError(f"length: expected 0 to {MAX_LENGTH}, got {length}")
+    if isinstance(amplitude, Tensor):
+        coarse, fine = torch.ops.clex.tables(freq.detach(), length, positions, 1.0, dtype)
+        return (amplitude[:, None, None, None] * coarse).to(dtype), fine
     return torch.ops.clex.tables(freq.detach(), length, positions, float(amplitude), dtype)
 
 
@@ -233,6 +251,7 @@ class RotaryTable(_Factored):
             if positions is not None:
                 positions = _savable(_check_positions(positions, freq, "[L]", ()))
             rows = None if positions is None else positions[None]
+            _check_number("amplitude", amplitude)
             coarse, fine = _build(freq[None], length, rows, amplitude, dtype)
             return cls(freq, float(t), positions, coarse[0], fine[0], float(amplitude), train_length, log_scale)
 
@@ -241,9 +260,10 @@ class RotaryTable(_Factored):
 class RotaryTableStack(_Factored):
     """T tables, one of which serves each sequence of a batch. A pytree; build it with `from_frequencies`.
 
-    freq [T, R] fp64, t [T] fp64, positions [T, L] fp64 or None, coarse [T, C, 2, R], fine [T, F, 2, R]; the rest as in
-    RotaryTable. Sequence b uses table index[b] (int64 [B]); without an index table b, or the only one; but a stack with
-    a train_length and no index is chosen from by length, by `select` or by attention.
+    freq [T, R] fp64, t [T] fp64, positions [T, L] fp64 or None, coarse [T, C, 2, R], fine [T, F, 2, R]; amplitude one
+    for all or [T] fp64; the rest as in RotaryTable. Sequence b uses table index[b] (int64 [B]); without an index table
+    b, or the only one; but a stack with a train_length and no index is chosen from by length, by `select` or by
+    attention.
     """
 
     freq: Tensor
@@ -251,7 +271,7 @@ class RotaryTableStack(_Factored):
     positions: Tensor | None
     coarse: Tensor
     fine: Tensor
-    amplitude: float = 1.0
+    amplitude: float | Tensor = 1.0
     index: Tensor | None = None
     train_length: int | None = None
     log_scale: bool | Literal["clamped"] = False
@@ -263,7 +283,7 @@ class RotaryTableStack(_Factored):
         t: Tensor,
         length: int | None = None,
         positions: Tensor | None = None,
-        amplitude: float = 1.0,
+        amplitude: float | Tensor = 1.0,
         index: Tensor | None = None,
         train_length: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -287,7 +307,8 @@ class RotaryTableStack(_Factored):
             coarse, fine = _build(freq, length, positions, amplitude, dtype)
             if positions is not None:
                 positions = positions.expand(factors, -1).contiguous()
-            return cls(freq, t, positions, coarse, fine, float(amplitude), index, train_length, log_scale)
+            amplitude = _savable(amplitude) if isinstance(amplitude, Tensor) else float(amplitude)
+            return cls(freq, t, positions, coarse, fine, amplitude, index, train_length, log_scale)
 
     def select(self, lengths: Tensor) -> "RotaryTableStack":
         """The stack with sequence b on the table of t = ceil(lengths[b] / train_length), for t = 1, 2, .., T.

@@ -12,6 +12,7 @@ from functools import wraps
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +24,8 @@ FAMILIES = {
     "qwen2": "Qwen2Model",
     "qwen3": "Qwen3Model",
     "phi": "PhiModel",
+    "phi3": "Phi3Model",
+    "phimoe": "PhimoeModel",
     "gpt_neox": "GPTNeoXModel",
 }
 _FUNCTION = "apply_rotary_pos_emb"
@@ -54,7 +57,7 @@ def find_base(model: Any) -> PreTrainedModel:
 
     Raises:
         TypeError: `model` is no transformers model.
-        ValueError: its family is not in the table.
+        ValueError: it has no rotary embeddings, or its family is not in the table.
     """
     if not isinstance(model, PreTrainedModel):
         hint = (
@@ -62,6 +65,11 @@ def find_base(model: Any) -> PreTrainedModel:
         )
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}{hint}")
     base = model.base_model
+    if not _has_rotary(base):
+        raise ValueError(
+            f"model: expected one with rotary embeddings, got {type(model).__name__}, which has no module of"
+            " them; keys that are not rotated depend on no frequencies and are right as they are"
+        )
     expected = (_module_name(base), FAMILIES.get(base.config.model_type))
     if not any((kind.__module__, kind.__name__) == expected for kind in type(base).__mro__):
         raise ValueError(
@@ -69,6 +77,11 @@ def find_base(model: Any) -> PreTrainedModel:
             f" (model_type {base.config.model_type!r}); for others use ClexAttention or attention() in the model's code"
         )
     return base
+
+
+def device_of(base: PreTrainedModel) -> torch.device:
+    """Where the model computes; weights that are offloaded say "meta"."""
+    return next((weight.device for weight in base.parameters() if not weight.is_meta), torch.device("cpu"))
 
 
 def pass_raw(base: PreTrainedModel) -> None:
@@ -92,6 +105,10 @@ def rotate_again(base: PreTrainedModel) -> None:
     if not patch.models and getattr(sys.modules[name], _FUNCTION) is patch.wrapper:
         setattr(sys.modules[name], _FUNCTION, patch.original)
         del _patches[name]
+
+
+def _has_rotary(base: PreTrainedModel) -> bool:
+    return any("rotary" in type(part).__name__.lower() for part in base.modules())
 
 
 def _module_name(base: PreTrainedModel) -> str:

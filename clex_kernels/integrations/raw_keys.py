@@ -20,7 +20,8 @@ from clex_kernels.autocast import autocast
 from clex_kernels.decode_checks import MAX_NEW_TOKENS
 from clex_kernels.integrations.families import RAW, pass_raw
 from clex_kernels.integrations.growing_cache import let_grow
-from clex_kernels.integrations.steps import Step, Tokens, find_tokens
+from clex_kernels.integrations.recompute import empty, find_inputs, remember
+from clex_kernels.integrations.steps import Step, Tokens, find_tokens, mask_of
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 IMPLEMENTATION = "clex_kernels"
@@ -35,6 +36,9 @@ class Frequencies(Protocol):
 
     def table(self, base: PreTrainedModel, tokens: Tokens) -> RotaryTable | RotaryTableStack:
         """The table of this forward's tokens."""
+
+    def state(self, base: PreTrainedModel, tokens: Tokens) -> Tensor | None:
+        """[B] or [1], the same for equal frequencies; None: cached tokens are never computed anew."""
 
 
 class RawKeyRotary(nn.Module):
@@ -85,7 +89,10 @@ class RawKeyRotary(nn.Module):
         if table.log_scale and tokens.lengths is None:
             # a layer with a window does not hold all tokens that the scale counts.
             tokens = tokens._replace(lengths=torch.full((tokens.batch,), tokens.end, device=table.device))
-        return Step(table, tokens, {})
+        step = Step(table, tokens, {}, self.frequencies.state(base, tokens))
+        if step.state is not None and given["cache"] is not None and not _is_empty(given["cache"]):
+            _renew(base, given, step)
+        return step
 
     def _end(self, base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
@@ -93,6 +100,27 @@ class RawKeyRotary(nn.Module):
             if isinstance(value, Cache):
                 value.holds_raw_keys = True
                 value.pads_right = kwargs[_STEP].tokens.pads_right
+                if kwargs[_STEP].state is not None:
+                    remember(value, base, _arguments(base, args, kwargs), kwargs[_STEP].state)
+
+
+def _renew(base: PreTrainedModel, given: dict[str, Any], step: Step) -> None:
+    """Compute cached tokens anew if this step's frequencies are not those that they were computed by."""
+    cache, inputs = given["cache"], find_inputs(given["cache"])
+    if inputs is None:
+        raise ValueError(
+            "cache: expected one that this model filled under recompute, which remembers its inputs, got one without"
+            " them; run its tokens through this model anew"
+        )
+    if torch.equal(*torch.broadcast_tensors(inputs.state, step.state)):
+        return
+    past = int(cache.get_seq_length())
+    empty(cache)
+    mask = mask_of(given.get("attention_mask"))
+    again = {**inputs.arguments(), "attention_mask": None if mask is None else mask[:, :past]}
+    tokens = find_tokens({**again, "cache": cache})
+    name = next(name for name in _CACHE_NAMES if given.get(name) is not None)
+    base.forward(**again, **{name: cache, "use_cache": True, _STEP: Step(step.table, tokens, {})})
 
 
 def _arguments(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -114,12 +142,13 @@ def _check_call(base: PreTrainedModel, given: dict[str, Any]) -> None:
     if config._attn_implementation != IMPLEMENTATION:
         raise ValueError(
             f"attn_implementation: expected {IMPLEMENTATION!r}, which rotates raw keys, got"
-            f" {config._attn_implementation!r}, which does not; undo the patch first (remove_clex), or set it back"
+            f" {config._attn_implementation!r}, which does not; set it back, or undo the patch first"
+            " (remove_clex or remove_raw_key_cache)"
         )
     if given.get("output_attentions") or getattr(config, "output_attentions", False):
         raise ValueError(
             "output_attentions: expected False, since no kernel here keeps the attention weights; undo the patch"
-            ' (remove_clex) and use attn_implementation="eager" to look at them'
+            ' (remove_clex or remove_raw_key_cache) and use attn_implementation="eager" to look at them'
         )
     if cache is not None and not isinstance(cache, Cache):
         raise TypeError(f"cache: expected a transformers Cache, got {type(cache).__name__}")
@@ -170,7 +199,8 @@ def _attend(
     step = kwargs.get(_STEP)
     if step is None:
         raise ValueError(
-            f"attn_implementation: {IMPLEMENTATION!r} expected a model patched by apply_clex, got one that is not"
+            f"attn_implementation: {IMPLEMENTATION!r} expected a model patched by apply_clex or apply_raw_key_cache,"
+            " got one that is not"
         )
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError("is_causal: expected True, since causality goes by index here, got False")

@@ -40,11 +40,16 @@ class Tokens(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What all layers of one forward share; `kept` is what one of them worked out for the others."""
+    """What all layers of one forward share.
+
+    kept: what one of them worked out for the others.
+    state: [B] or [1], the same for equal frequencies; None where cached tokens are never computed anew.
+    """
 
     table: RotaryTable | RotaryTableStack
     tokens: Tokens
     kept: dict[Any, Any]
+    state: Tensor | None = None
 
     def on(self, device: torch.device) -> "Step":
         """The step where a layer is, in a model over several devices."""
@@ -92,7 +97,7 @@ def find_tokens(given: Mapping[str, Any]) -> Tokens:
         past = int(past) if on_host(past) else past.reshape(1).to(x.device)
     end = past + new
     most = end if isinstance(end, int) else cache.layers[0].max_cache_len
-    mask = _mask_of(given.get("attention_mask"))
+    mask = mask_of(given.get("attention_mask"))
     if mask is not None and (mask.shape[0] != batch or (isinstance(end, int) and mask.shape[1] != end)):
         raise ValueError(
             f"attention_mask: expected shape [B, cached and new tokens] = [{batch}, {end}], got {list(mask.shape)}"
@@ -112,7 +117,11 @@ def find_tokens(given: Mapping[str, Any]) -> Tokens:
     return Tokens(batch, new, end, most, start, lengths, pads_right)
 
 
-def _mask_of(attention_mask: Any) -> Tensor | None:
+def mask_of(attention_mask: Any) -> Tensor | None:
+    """The mask of padding [B, tokens] that a forward was given, if any.
+
+    Raises TypeError or ValueError for one of another kind.
+    """
     if isinstance(attention_mask, Mapping):
         # by the kind of layer; all are made from the same one.
         attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)

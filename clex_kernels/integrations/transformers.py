@@ -1,4 +1,4 @@
-"""CLEX in a transformers model, in two lines:
+"""Raw keys in the cache of a transformers model, for CLEX and for the RoPE it has. CLEX, in two lines:
 
     model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-2-7b-hf")
     apply_clex(model, ClexConfig(head_dim=128, train_length=4096))
@@ -13,9 +13,12 @@ that share one configuration object are patched together or not at all, since th
 
 In training mode every forward draws one t and one set of positions for all layers; else t comes from the lengths, of
 each sequence by itself.
+
+A model whose own RoPE changes with length (dynamic NTK, LongRoPE) needs one line, apply_raw_key_cache(model).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,15 +28,16 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddin
 
 from clex_kernels.config import ClexConfig, check_config
 from clex_kernels.integrations.checkpoints import read_ode_weights
-from clex_kernels.integrations.families import find_base, rotate_again
+from clex_kernels.integrations.families import device_of, find_base, rotate_again
 from clex_kernels.integrations.raw_keys import IMPLEMENTATION, RawKeyRotary
+from clex_kernels.integrations.rope_types import RopeFrequencies
 from clex_kernels.integrations.steps import Tokens
 from clex_kernels.modules import ClexRotaryEmbedding
 from clex_kernels.sampling import check_sampling
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 from clex_kernels.weights import plain_frequencies
 
-__all__ = ["apply_clex", "remove_clex"]
+__all__ = ["apply_clex", "apply_raw_key_cache", "remove_clex", "remove_raw_key_cache"]
 
 # contiguous runs, and every fourth step at t = 1: with uniform positions a toy model learned to interpolate between
 # sparse tokens and failed on neighbours (docs/extrapolation.md: perplexity at 8x 5.88 against 4.15), and another one
@@ -75,7 +79,7 @@ def apply_clex(
     check_config(config)
     _check_fits(base, config)
     sampling = _check_sampling(sampling)
-    rope = ClexRotaryEmbedding(config, _device_of(base)).train(base.training)
+    rope = ClexRotaryEmbedding(config, device_of(base)).train(base.training)
     if base.dtype == torch.float64:
         # attention asks for tables in fp64 then.
         rope.double()
@@ -108,6 +112,73 @@ def remove_clex(model: PreTrainedModel) -> None:
     model.set_attn_implementation(before.attn_implementation)
 
 
+def apply_raw_key_cache(model: PreTrainedModel, recompute: bool | None = None) -> None:
+    """Let a loaded transformers model cache raw keys, and rotate all of them by each step's own frequencies, in place.
+
+    Frequencies and amplitude are those of the model's settings (rope_type default, linear, dynamic, yarn, longrope or
+    llama3) for the length of each sequence by itself; they are what one pass over its tokens would use. Families are
+    apply_clex's. Other models of the process keep working unchanged.
+
+    Keys and values of layers past the first come from hidden states, so they depend on the frequencies of the step
+    that computed them, whatever becomes of them in the cache. `recompute` says what to do about that.
+
+    Args:
+        model: from_pretrained's or a fresh one, with any attention implementation but flash_attention_*.
+        recompute: True: a step by other frequencies than the step before first passes all cached tokens through the
+            model again, whose inputs the cache remembers; logits then are those of one pass over all tokens. False:
+            cached values stay as they are. None: True for longrope, whose frequencies change once; False for
+            dynamic, whose frequencies change with every token past the length of training. On a GPU a step over a
+            static cache waits for the device to compare frequencies.
+
+    Raises:
+        TypeError: model or recompute is of the wrong type.
+        ValueError: the family or the rope_type is unknown, a parameter of it is missing, or it is patched already.
+    """
+    if recompute is not None and not isinstance(recompute, bool):
+        raise TypeError(f"recompute: expected a bool or None, got {type(recompute).__name__}")
+    base = find_base(model)
+    _check_fresh(model, base)
+    RawKeyRotary(base.rotary_emb, _OwnFrequencies(base, recompute)).attach(base)
+    model.set_attn_implementation(IMPLEMENTATION)
+
+
+def remove_raw_key_cache(model: PreTrainedModel) -> None:
+    """Undo apply_raw_key_cache: the model is again what it was before. Caches that it filled are of no use then.
+
+    Raises:
+        TypeError, ValueError: model is no patched transformers model.
+    """
+    base = find_base(model)
+    rotary = base.rotary_emb
+    if not isinstance(rotary, RawKeyRotary) or not isinstance(rotary.frequencies, _OwnFrequencies):
+        raise ValueError("model: expected one patched by apply_raw_key_cache, got one that is not")
+    rotary.detach(base)
+    rotate_again(base)
+    model.set_attn_implementation(rotary.frequencies.attn_implementation)
+
+
+class _OwnFrequencies:
+    """Tables of a model's own RoPE; beside that, what `remove_raw_key_cache` brings back."""
+
+    def __init__(self, base: PreTrainedModel, recompute: bool | None):
+        # attention in fp64 asks for tables in fp64.
+        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        self.rope = RopeFrequencies(base.config, dtype)
+        self.recomputes = self.rope.moves and (self.rope.rope_type == "longrope" if recompute is None else recompute)
+        self.attn_implementation = base.config._attn_implementation
+
+    def table(self, base: PreTrainedModel, tokens: Tokens) -> RotaryTableStack:
+        stack = self.rope.at(self._lengths(base, tokens), tokens.most)
+        return stack if stack.index is None else replace(stack, index=stack.index.expand(tokens.batch))
+
+    def state(self, base: PreTrainedModel, tokens: Tokens) -> Tensor | None:
+        return self.rope.state(self._lengths(base, tokens)) if self.recomputes else None
+
+    def _lengths(self, base: PreTrainedModel, tokens: Tokens) -> Tensor:
+        """[B], or [1] where all are equal."""
+        return torch.tensor([tokens.end], device=device_of(base)) if tokens.lengths is None else tokens.lengths
+
+
 class _ClexFrequencies:
     """Which table a forward gets; beside that, what `remove_clex` brings back."""
 
@@ -129,15 +200,15 @@ class _ClexFrequencies:
             return rope.stack(max(tokens.most, self.config.train_length * self.config.max_factor))
         return rope.at(tokens.lengths, tokens.most)
 
-
-def _device_of(base: PreTrainedModel) -> torch.device:
-    """Where the model computes; weights that are offloaded say "meta"."""
-    return next((weight.device for weight in base.parameters() if not weight.is_meta), torch.device("cpu"))
+    def state(self, base: PreTrainedModel, tokens: Tokens) -> None:
+        return None
 
 
 def _check_fresh(model: PreTrainedModel, base: PreTrainedModel) -> None:
     if isinstance(base.rotary_emb, RawKeyRotary):
-        raise ValueError("model: expected one that is not patched, got one that is; remove_clex undoes it")
+        raise ValueError(
+            "model: expected one that is not patched, got one that is; remove_clex or remove_raw_key_cache undoes it"
+        )
     if any(getattr(part, "_hf_peft_config_loaded", False) for part in (model, base)):
         raise ValueError(
             "model: expected one without adapters, got one loaded from an adapter's directory; load the base model,"

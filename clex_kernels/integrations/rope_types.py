@@ -1,0 +1,214 @@
+"""Frequencies and amplitude of transformers' RoPE types by a sequence's length, in fp64, from a model's own settings.
+
+R pairs, i = 0 .. R-1, b = rope_theta, L0 the length of training (original_max_position_embeddings; for "dynamic"
+max_position_embeddings), s = factor, plain_i = b^(-i/R). Each type is its paper's, with transformers' conventions:
+
+    default    plain_i
+    linear     plain_i / s
+    dynamic    plain_i alpha^(-i/(R-1)),  alpha = max(1, s length / L0 - (s - 1))      NTK-aware, by length
+    yarn       plain_i (1 - ramp_i) + plain_i ramp_i / s, ramp from beta_fast to beta_slow turns in L0 tokens
+    llama3     plain_i / s for wavelengths over L0 / low_freq_factor, plain_i under L0 / high_freq_factor, and in
+               between a mixture linear in L0 / wavelength
+    longrope   plain_i / short_factor_i up to L0 tokens, plain_i / long_factor_i beyond
+
+yarn and longrope multiply cosines and sines by an amplitude, `attention_factor` or what the papers derive from s.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from clex_kernels.tables import RotaryTableStack
+
+__all__ = ["ROPE_TYPES", "RopeFrequencies"]
+
+
+class _Sets(NamedTuple):
+    """Frequencies [T, R] and amplitudes [T]; T = 1, or 2, of which sequences over `switch` tokens take the second."""
+
+    freq: Tensor
+    amplitude: tuple[float, ...] = (1.0,)
+    switch: int | None = None
+
+
+class _Settings(NamedTuple):
+    """What a type may look at: its parameters, the rotary dimension 2R, and max_position_embeddings."""
+
+    parameters: Mapping[str, Any]
+    rotary_dim: int
+    longest: int
+
+    @property
+    def plain(self) -> Tensor:
+        """[R]."""
+        pairs = self.rotary_dim // 2
+        return float(self.parameters["rope_theta"]) ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+
+    @property
+    def trained(self) -> int:
+        """L0."""
+        return self.parameters.get("original_max_position_embeddings") or self.longest
+
+    @property
+    def factor(self) -> float:
+        """s; where a checkpoint leaves it out, how much longer than L0 its sequences may be."""
+        return self.parameters.get("factor") or self.longest / self.trained
+
+    def numbers(self, name: str) -> Tensor:
+        """[R] numbers of a parameter."""
+        values, pairs = self.parameters.get(name), self.rotary_dim // 2
+        if not isinstance(values, Sequence) or len(values) != pairs:
+            got = f"{len(values)} of them" if isinstance(values, Sequence) else repr(values)
+            raise ValueError(f"rope_parameters[{name!r}]: expected R={pairs} numbers, got {got}")
+        return torch.tensor(values, dtype=torch.float64)
+
+
+def _default(settings: _Settings) -> _Sets:
+    return _Sets(settings.plain[None])
+
+
+def _linear(settings: _Settings) -> _Sets:
+    return _Sets(settings.plain[None] / settings.factor)
+
+
+def _yarn(settings: _Settings) -> _Sets:
+    parameters, plain, factor = settings.parameters, settings.plain, settings.factor
+    pairs = len(plain)
+
+    def pair_of(turns: float) -> float:
+        """Which pair, as a real number, makes so many turns in L0 tokens."""
+        return pairs * math.log(settings.trained / (turns * 2 * math.pi)) / math.log(parameters["rope_theta"])
+
+    first = pair_of(parameters.get("beta_fast") or 32)
+    last = pair_of(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    # transformers' bounds; a ramp of no width is a step.
+    first, last = max(first, 0), min(last, settings.rotary_dim - 1)
+    width = last - first or 1e-3
+    ramp = ((torch.arange(pairs, dtype=torch.float64) - first) / width).clamp(0, 1)
+    return _Sets((plain * (1 - ramp) + plain / factor * ramp)[None], (_yarn_amplitude(parameters, factor),))
+
+
+def _yarn_amplitude(parameters: Mapping[str, Any], factor: float) -> float:
+    if parameters.get("attention_factor") is not None:
+        return float(parameters["attention_factor"])
+
+    def scaled(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        return scaled(parameters["mscale"]) / scaled(parameters["mscale_all_dim"])
+    return scaled(1.0)
+
+
+def _llama3(settings: _Settings) -> _Sets:
+    plain, parameters = settings.plain, settings.parameters
+    low, high = (float(parameters[f"{end}_freq_factor"]) for end in ("low", "high"))
+    turns = settings.trained * plain / (2 * math.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return _Sets((plain * smooth + plain / settings.factor * (1 - smooth))[None])
+
+
+def _longrope(settings: _Settings) -> _Sets:
+    parameters, trained, factor = settings.parameters, settings.trained, settings.factor
+    freq = torch.stack([settings.plain / settings.numbers(f"{name}_factor") for name in ("short", "long")])
+    amplitude = parameters.get("attention_factor")
+    if amplitude is None:
+        amplitude = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+    # Phi-3.5-MoE's have one for each set.
+    amplitudes = (float(parameters.get(f"{name}_mscale") or amplitude) for name in ("short", "long"))
+    return _Sets(freq, tuple(amplitudes), trained)
+
+
+_SETS: dict[str, Callable[[_Settings], _Sets]] = {
+    "default": _default,
+    "linear": _linear,
+    "yarn": _yarn,
+    "llama3": _llama3,
+    "longrope": _longrope,
+    # whose one set is that of sequences up to L0.
+    "dynamic": _default,
+}
+ROPE_TYPES = tuple(_SETS)
+
+
+class RopeFrequencies:
+    """The tables of sequences by their lengths, for a model's RoPE.
+
+    Args:
+        config: the model's, with one set of rope_parameters for all layers.
+        dtype: of the tables, fp32 or fp64.
+
+    Raises:
+        ValueError: the type is unknown, or a parameter is missing or does not fit.
+    """
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype = torch.float32):
+        parameters = getattr(config, "rope_parameters", None) or {}
+        self.rope_type = parameters.get("rope_type")
+        if self.rope_type not in _SETS:
+            hint = "; use apply_clex" if self.rope_type == "clex" else ""
+            raise ValueError(
+                f"rope_parameters: expected one rope_type of {', '.join(ROPE_TYPES)} for all layers, got"
+                f" {self.rope_type or parameters!r}{hint}"
+            )
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+        settings = _Settings(parameters, rotary_dim, config.max_position_embeddings)
+        try:
+            self._sets = _SETS[self.rope_type](settings)
+            self._factor = settings.factor
+        except KeyError as missing:
+            raise ValueError(
+                f"rope_parameters: expected {missing} for rope_type {self.rope_type!r}, got none"
+            ) from None
+        if self.rope_type == "dynamic" and rotary_dim < 4:
+            raise ValueError(f"rope_parameters: expected a rotary dimension >= 4 for 'dynamic', got {rotary_dim}")
+        self._longest = config.max_position_embeddings
+        self._dtype = dtype
+        self._kept: dict[torch.device, RotaryTableStack] = {}
+
+    @property
+    def moves(self) -> bool:
+        """Whether frequencies change with length."""
+        return self.rope_type == "dynamic" or self._sets.switch is not None
+
+    def state(self, lengths: Tensor) -> Tensor:
+        """[B] int64, equal where frequencies are, for lengths [B]."""
+        lengths = lengths.long()
+        if self.rope_type == "dynamic":
+            return lengths.clamp(min=self._longest)
+        return torch.zeros_like(lengths) if self._sets.switch is None else (lengths > self._sets.switch).long()
+
+    def at(self, lengths: Tensor, most: int) -> RotaryTableStack:
+        """Tables for sequences of these lengths [B], integers on any device, and positions 0 .. most - 1.
+
+        Nothing waits for the device.
+        """
+        if self.rope_type != "dynamic":
+            stack = self._fixed(lengths.device, most)
+            return stack if self._sets.switch is None else replace(stack, index=self.state(lengths))
+        t = self.state(lengths).double() / self._longest
+        pairs = self._sets.freq.shape[1]
+        exponent = torch.arange(pairs, dtype=torch.float64, device=lengths.device) / (pairs - 1)
+        alpha = self._factor * t - (self._factor - 1)
+        freq = self._sets.freq.to(lengths.device) * alpha[:, None] ** -exponent
+        return RotaryTableStack.from_frequencies(freq, t, length=most, dtype=self._dtype)
+
+    def _fixed(self, device: torch.device, most: int) -> RotaryTableStack:
+        """The sets' tables for at least `most` positions, kept."""
+        stack = self._kept.get(device)
+        if stack is None or stack.length < most:
+            room = max(self._longest, 1 << (most - 1).bit_length()) if most else self._longest
+            freq = self._sets.freq.to(device)
+            t = torch.ones(len(freq), dtype=torch.float64, device=device)
+            amplitude = torch.tensor(self._sets.amplitude, dtype=torch.float64, device=device)
+            stack = RotaryTableStack.from_frequencies(freq, t, length=room, amplitude=amplitude, dtype=self._dtype)
+            self._kept[device] = stack
+        return stack
