@@ -89,7 +89,7 @@ def append_kv(
             or one int for all. Tokens whose slot kv_end - L + l is negative are padding and are not written: with
             kv_end = 0 none is.
         block_table: [B, pages of a sequence] int32 or int64: which page of the pool holds slots j P to j P + P - 1.
-            Entries of slots that are not written may be anything; pages that are written belong to one sequence.
+            Entries of slots that are not written may be anything; a slot that is written belongs to one sequence.
         debug: also check values that lie on a device, which waits for it. Without it tokens past the cache, or in
             pages that do not exist, are not written there, nor in compiled code.
 

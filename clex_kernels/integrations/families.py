@@ -16,18 +16,28 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# model_type: class of the base model, which owns `rotary_emb`; its module has the function.
+# model_type: class of the base model, which owns `rotary_emb`; its module has the function. All layers of these rotate,
+# pass the keyword arguments of a forward on to attention, and do nothing to q and k once they are rotated.
 FAMILIES = {
+    "gemma": "GemmaModel",
+    "gemma2": "Gemma2Model",
+    "gpt_neox": "GPTNeoXModel",
+    "granite": "GraniteModel",
     "llama": "LlamaModel",
     "mistral": "MistralModel",
     "mixtral": "MixtralModel",
-    "qwen2": "Qwen2Model",
-    "qwen3": "Qwen3Model",
+    "olmo2": "Olmo2Model",
     "phi": "PhiModel",
     "phi3": "Phi3Model",
     "phimoe": "PhimoeModel",
-    "gpt_neox": "GPTNeoXModel",
+    "qwen2": "Qwen2Model",
+    "qwen2_moe": "Qwen2MoeModel",
+    "qwen3": "Qwen3Model",
+    "qwen3_moe": "Qwen3MoeModel",
+    "starcoder2": "Starcoder2Model",
 }
+# whose configurations refuse a rope_type "clex" when they are loaded.
+WITHOUT_CLEX = ("phi3", "phimoe")
 _FUNCTION = "apply_rotary_pos_emb"
 
 

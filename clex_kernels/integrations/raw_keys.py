@@ -190,7 +190,6 @@ def _attend(
     attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
@@ -204,15 +203,17 @@ def _attend(
         )
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError("is_causal: expected True, since causality goes by index here, got False")
+    # PhiMoE does not say it here, only in the settings that its masks are made from.
+    window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module.config, "sliding_window", None)
     step = step.on(query.device)
     q, k, v = (x.transpose(1, 2) for x in autocast(query, key, value))
     if q.shape[1] <= MAX_NEW_TOKENS and not torch.is_grad_enabled():
-        return step.decode(q, k, v, scaling, sliding_window, softcap), None
+        return step.decode(q, k, v, scaling, window, softcap), None
     end, start = step.slots(k.shape[1])
     if isinstance(end, int):
         k, v, end = k[:, :end], v[:, :end], None
     bounds = {"kv_start": start, "kv_end": end, "lengths": step.tokens.lengths}
-    options = {"scale": scaling, "window": sliding_window, "softcap": softcap, "dropout_p": float(dropout)}
+    options = {"scale": scaling, "window": window, "softcap": softcap, "dropout_p": float(dropout)}
     return attention(q, k, v, step.table, is_causal=True, **bounds, **options), None
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from clex_kernels.tables import RotaryTableStack
 
-__all__ = ["ROPE_TYPES", "RopeFrequencies"]
+__all__ = ["ROPE_TYPES", "RopeFrequencies", "read_dims"]
 
 
 class _Sets(NamedTuple):
@@ -126,6 +126,12 @@ def _longrope(settings: _Settings) -> _Sets:
     return _Sets(freq, tuple(amplitudes), trained)
 
 
+def read_dims(config: PreTrainedConfig) -> tuple[int, int]:
+    """D and 2R of a model's heads."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_dim, int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
 _SETS: dict[str, Callable[[_Settings], _Sets]] = {
     "default": _default,
     "linear": _linear,
@@ -158,8 +164,7 @@ class RopeFrequencies:
                 f"rope_parameters: expected one rope_type of {', '.join(ROPE_TYPES)} for all layers, got"
                 f" {self.rope_type or parameters!r}{hint}"
             )
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+        _, rotary_dim = read_dims(config)
         settings = _Settings(parameters, rotary_dim, config.max_position_embeddings)
         try:
             self._sets = _SETS[self.rope_type](settings)

@@ -28,9 +28,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddin
 
 from clex_kernels.config import ClexConfig, check_config
 from clex_kernels.integrations.checkpoints import read_ode_weights
-from clex_kernels.integrations.families import device_of, find_base, rotate_again
+from clex_kernels.integrations.families import WITHOUT_CLEX, device_of, find_base, rotate_again
 from clex_kernels.integrations.raw_keys import IMPLEMENTATION, RawKeyRotary
-from clex_kernels.integrations.rope_types import RopeFrequencies
+from clex_kernels.integrations.rope_types import RopeFrequencies, read_dims
 from clex_kernels.integrations.steps import Tokens
 from clex_kernels.modules import ClexRotaryEmbedding
 from clex_kernels.sampling import check_sampling
@@ -53,8 +53,9 @@ def apply_clex(
 ) -> ClexRotaryEmbedding:
     """Turn a loaded transformers model into a CLEX model, in place.
 
-    Families: Llama, Mistral, Mixtral, Qwen2, Qwen3, Phi, GPT-NeoX, whatever the head of the model is. Other models of
-    the process keep working unchanged. `model.config` gets the settings (rope_parameters of type "clex", and
+    Families: Gemma, Gemma 2, GPT-NeoX, Granite, Llama, Mistral, Mixtral, OLMo 2, Phi (1 and 2), Qwen2, Qwen3,
+    their MoE forms, and Starcoder2, whatever the head of the model is. Other models of the process keep working
+    unchanged. `model.config` gets the settings (rope_parameters of type "clex", and
     max_position_embeddings = train_length * max_factor).
 
     Args:
@@ -117,7 +118,7 @@ def apply_raw_key_cache(model: PreTrainedModel, recompute: bool | None = None) -
 
     Frequencies and amplitude are those of the model's settings (rope_type default, linear, dynamic, yarn, longrope or
     llama3) for the length of each sequence by itself; they are what one pass over its tokens would use. Families are
-    apply_clex's. Other models of the process keep working unchanged.
+    apply_clex's, Phi-3 (and Phi-4, which is one) and PhiMoE. Other models of the process keep working unchanged.
 
     Keys and values of layers past the first come from hidden states, so they depend on the frequencies of the step
     that computed them, whatever becomes of them in the cache. `recompute` says what to do about that.
@@ -229,14 +230,20 @@ def _check_fresh(model: PreTrainedModel, base: PreTrainedModel) -> None:
 
 def _check_fits(base: PreTrainedModel, config: ClexConfig) -> None:
     """That heads, rotary dimension and plain frequencies, which t = 1 keeps, are the model's."""
-    settings, rope = base.config, base.config.rope_parameters
+    if base.config.model_type in WITHOUT_CLEX:
+        raise ValueError(
+            f"model: expected a family other than {', '.join(WITHOUT_CLEX)}, whose configurations accept no rope_type"
+            f" 'clex', so that what is saved could not be loaded, got {base.config.model_type}; apply_raw_key_cache"
+            " serves the RoPE that it has"
+        )
+    rope = base.config.rope_parameters
     if rope["rope_type"] not in _PLAIN_AT_FIRST:
         raise ValueError(
             f"model: expected one of plain RoPE (rope_type {' or '.join(map(repr, _PLAIN_AT_FIRST))}), whose"
-            f" frequencies t = 1 keeps, got rope_type {rope['rope_type']!r}"
+            f" frequencies t = 1 keeps, got rope_type {rope['rope_type']!r}; apply_raw_key_cache serves the RoPE that a"
+            " model has"
         )
-    head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-    rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    head_dim, rotary_dim = read_dims(base.config)
     expected = {"head_dim": head_dim, "rotary_dim": rotary_dim, "rope_base": float(rope["rope_theta"])}
     for name, value in expected.items():
         if getattr(config, name) != value:
