@@ -117,7 +117,7 @@ def _renew(base: PreTrainedModel, given: dict[str, Any], step: Step) -> None:
     past = int(cache.get_seq_length())
     empty(cache)
     mask = mask_of(given.get("attention_mask"))
-    again = {**inputs.arguments(), "attention_mask": None if mask is None else mask[:, :past]}
+    again = {**inputs.renew(step.state), "attention_mask": None if mask is None else mask[:, :past]}
     tokens = find_tokens({**again, "cache": cache})
     name = next(name for name in _CACHE_NAMES if given.get(name) is not None)
     base.forward(**again, **{name: cache, "use_cache": True, _STEP: Step(step.table, tokens, {})})
@@ -203,8 +203,7 @@ def _attend(
         )
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError("is_causal: expected True, since causality goes by index here, got False")
-    # PhiMoE does not say it here, only in the settings that its masks are made from.
-    window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module.config, "sliding_window", None)
+    window = kwargs["sliding_window"] if "sliding_window" in kwargs else _window_of(module)
     step = step.on(query.device)
     q, k, v = (x.transpose(1, 2) for x in autocast(query, key, value))
     if q.shape[1] <= MAX_NEW_TOKENS and not torch.is_grad_enabled():
@@ -215,6 +214,13 @@ def _attend(
     bounds = {"kv_start": start, "kv_end": end, "lengths": step.tokens.lengths}
     options = {"scale": scaling, "window": window, "softcap": softcap, "dropout_p": float(dropout)}
     return attention(q, k, v, step.table, is_causal=True, **bounds, **options), None
+
+
+def _window_of(module: nn.Module) -> int | None:
+    """The window of a layer that does not say it to attention (PhiMoE's, Qwen2-MoE's), as masks are made by it."""
+    types = getattr(module.config, "layer_types", None)
+    slides = types is None or types[module.layer_idx] == "sliding_attention"
+    return getattr(module.config, "sliding_window", None) if slides else None
 
 
 def _keep_2d(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:

@@ -17,33 +17,52 @@ from clex_kernels.integrations.growing_cache import GrowingLayer
 
 
 class InputsLayer(GrowingLayer):
-    """A cache's last layer: in place of keys [B, 1, S, 1] token numbers, or [B, 1, S, C] embeddings."""
+    """A cache's last layer: token numbers [B, 1, S, 1], or embeddings [B, 1, S, C], in place of keys.
+
+    In place of values [B, 1, S, 1], the same for all tokens of a sequence: what its frequencies were when the other
+    layers' contents were computed.
+    """
 
     is_compileable = True
     supports_early_init = False
-    # [B] of the sequences' frequencies when all other layers were filled.
-    state: Tensor
 
-    def add(self, base: PreTrainedModel, given: Mapping[str, Any]) -> None:
-        """Append the inputs of a forward, as embeddings once some are."""
+    @property
+    def state(self) -> Tensor:
+        """[B] of the sequences' frequencies."""
+        return self.values[:, 0, -1, 0]
+
+    def add(self, base: PreTrainedModel, given: Mapping[str, Any], state: Tensor) -> None:
+        """Append the inputs of a forward by the frequencies of `state`, as embeddings once some are."""
         inputs = _inputs(given)
         if self.is_initialized and inputs.is_floating_point() != self.keys.is_floating_point():
             if inputs.is_floating_point():
                 self.keys = _embed(base, self.keys)
             else:
                 inputs = _embed(base, inputs)
-        self.update(inputs, inputs[..., :0])
+        self.update(inputs, _per_token(state, inputs))
 
-    def arguments(self) -> dict[str, Tensor]:
-        """The inputs as the base model's forward takes them."""
+    def renew(self, state: Tensor) -> dict[str, Tensor]:
+        """All inputs, as the base model's forward takes them, whose results are by the frequencies of `state` then."""
+        self.values = _per_token(state, self.keys).contiguous()
         inputs = self.keys[:, 0]
         return {"inputs_embeds": inputs} if inputs.is_floating_point() else {"input_ids": inputs[..., 0]}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        # transformers before 5.24 only zeroes.
+        self.keys = self.values = None
+        self.is_initialized = False
 
 
 def _inputs(given: Mapping[str, Any]) -> Tensor:
     if given.get("inputs_embeds") is not None:
         return given["inputs_embeds"][:, None]
     return given["input_ids"][:, None, :, None]
+
+
+def _per_token(state: Tensor, inputs: Tensor) -> Tensor:
+    """state [B] or [1] for inputs [B, 1, L, ...]: [B, 1, L, 1]."""
+    return state.to(inputs.device)[:, None, None, None].expand(len(inputs), 1, inputs.shape[2], 1)
 
 
 def _embed(base: PreTrainedModel, numbers: Tensor) -> Tensor:
@@ -60,8 +79,7 @@ def remember(cache: Cache, base: PreTrainedModel, given: Mapping[str, Any], stat
     """Note what a forward added to `cache`, and by which frequencies all of it is now."""
     if not cache.layers or not isinstance(cache.layers[-1], InputsLayer):
         cache.layers.append(InputsLayer())
-    cache.layers[-1].add(base, given)
-    cache.layers[-1].state = state
+    cache.layers[-1].add(base, given, state)
 
 
 def empty(cache: Cache) -> None:

@@ -15,8 +15,9 @@ yarn and longrope multiply cosines and sines by an amplitude, `attention_factor`
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class _Sets(NamedTuple):
 
     freq: Tensor
     amplitude: tuple[float, ...] = (1.0,)
-    switch: int | None = None
+    switch: float | None = None
 
 
 class _Settings(NamedTuple):
@@ -47,25 +48,44 @@ class _Settings(NamedTuple):
     def plain(self) -> Tensor:
         """[R]."""
         pairs = self.rotary_dim // 2
-        return float(self.parameters["rope_theta"]) ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+        return self.base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
 
     @property
-    def trained(self) -> int:
+    def base(self) -> float:
+        """b."""
+        return self.number("rope_theta", above=1.0)
+
+    @property
+    def trained(self) -> float:
         """L0."""
-        return self.parameters.get("original_max_position_embeddings") or self.longest
+        return self.number("original_max_position_embeddings", self.longest, above=1.0)
 
     @property
     def factor(self) -> float:
         """s; where a checkpoint leaves it out, how much longer than L0 its sequences may be."""
-        return self.parameters.get("factor") or self.longest / self.trained
+        return self.number("factor", self.longest / self.trained)
+
+    def number(self, name: str, default: float | None = None, above: float = 0.0) -> float:
+        """A parameter; where a checkpoint leaves it out, `default`."""
+        value = self.parameters.get(name)
+        value = default if value is None else value
+        if not _is_number(value) or not above < value < math.inf:
+            raise ValueError(f"rope_parameters[{name!r}]: expected a finite number > {above:g}, got {value!r}")
+        return float(value)
 
     def numbers(self, name: str) -> Tensor:
         """[R] numbers of a parameter."""
         values, pairs = self.parameters.get(name), self.rotary_dim // 2
-        if not isinstance(values, Sequence) or len(values) != pairs:
-            got = f"{len(values)} of them" if isinstance(values, Sequence) else repr(values)
+        if not isinstance(values, (list, tuple)) or len(values) != pairs:
+            got = f"{len(values)} of them" if isinstance(values, (list, tuple)) else repr(values)
             raise ValueError(f"rope_parameters[{name!r}]: expected R={pairs} numbers, got {got}")
+        if not all(_is_number(value) and 0.0 < value < math.inf for value in values):
+            raise ValueError(f"rope_parameters[{name!r}]: expected finite numbers > 0, got {list(values)}")
         return torch.tensor(values, dtype=torch.float64)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _default(settings: _Settings) -> _Sets:
@@ -73,7 +93,7 @@ def _default(settings: _Settings) -> _Sets:
 
 
 def _linear(settings: _Settings) -> _Sets:
-    return _Sets(settings.plain[None] / settings.factor)
+    return _Sets(settings.plain[None] / settings.number("factor"))
 
 
 def _yarn(settings: _Settings) -> _Sets:
@@ -82,47 +102,48 @@ def _yarn(settings: _Settings) -> _Sets:
 
     def pair_of(turns: float) -> float:
         """Which pair, as a real number, makes so many turns in L0 tokens."""
-        return pairs * math.log(settings.trained / (turns * 2 * math.pi)) / math.log(parameters["rope_theta"])
+        return pairs * math.log(settings.trained / (turns * 2 * math.pi)) / math.log(settings.base)
 
-    first = pair_of(parameters.get("beta_fast") or 32)
-    last = pair_of(parameters.get("beta_slow") or 1)
+    first, last = pair_of(settings.number("beta_fast", 32.0)), pair_of(settings.number("beta_slow", 1.0))
     if parameters.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     # transformers' bounds; a ramp of no width is a step.
     first, last = max(first, 0), min(last, settings.rotary_dim - 1)
     width = last - first or 1e-3
     ramp = ((torch.arange(pairs, dtype=torch.float64) - first) / width).clamp(0, 1)
-    return _Sets((plain * (1 - ramp) + plain / factor * ramp)[None], (_yarn_amplitude(parameters, factor),))
+    return _Sets((plain * (1 - ramp) + plain / factor * ramp)[None], (_yarn_amplitude(settings),))
 
 
-def _yarn_amplitude(parameters: Mapping[str, Any], factor: float) -> float:
-    if parameters.get("attention_factor") is not None:
-        return float(parameters["attention_factor"])
+def _yarn_amplitude(settings: _Settings) -> float:
+    parameters, factor = settings.parameters, settings.factor
 
     def scaled(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
+    derived = scaled(1.0)
+    # a weight of 0 counts as none.
     if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return scaled(parameters["mscale"]) / scaled(parameters["mscale_all_dim"])
-    return scaled(1.0)
+        derived = scaled(settings.number("mscale")) / scaled(settings.number("mscale_all_dim"))
+    return settings.number("attention_factor", derived)
 
 
 def _llama3(settings: _Settings) -> _Sets:
-    plain, parameters = settings.plain, settings.parameters
-    low, high = (float(parameters[f"{end}_freq_factor"]) for end in ("low", "high"))
+    plain, factor = settings.plain, settings.number("factor")
+    low, high = (settings.number(f"{end}_freq_factor") for end in ("low", "high"))
+    if high <= low:
+        raise ValueError(f"rope_parameters['high_freq_factor']: expected more than low_freq_factor={low}, got {high}")
     turns = settings.trained * plain / (2 * math.pi)
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return _Sets((plain * smooth + plain / settings.factor * (1 - smooth))[None])
+    return _Sets((plain * smooth + plain / factor * (1 - smooth))[None])
 
 
 def _longrope(settings: _Settings) -> _Sets:
-    parameters, trained, factor = settings.parameters, settings.trained, settings.factor
+    trained, factor = settings.trained, settings.factor
     freq = torch.stack([settings.plain / settings.numbers(f"{name}_factor") for name in ("short", "long")])
-    amplitude = parameters.get("attention_factor")
-    if amplitude is None:
-        amplitude = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+    derived = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+    amplitude = settings.number("attention_factor", derived)
     # Phi-3.5-MoE's have one for each set.
-    amplitudes = (float(parameters.get(f"{name}_mscale") or amplitude) for name in ("short", "long"))
+    amplitudes = (settings.number(f"{name}_mscale", amplitude) for name in ("short", "long"))
     return _Sets(freq, tuple(amplitudes), trained)
 
 
@@ -164,17 +185,16 @@ class RopeFrequencies:
                 f"rope_parameters: expected one rope_type of {', '.join(ROPE_TYPES)} for all layers, got"
                 f" {self.rope_type or parameters!r}{hint}"
             )
-        _, rotary_dim = read_dims(config)
+        head_dim, rotary_dim = read_dims(config)
         settings = _Settings(parameters, rotary_dim, config.max_position_embeddings)
-        try:
-            self._sets = _SETS[self.rope_type](settings)
-            self._factor = settings.factor
-        except KeyError as missing:
+        least = 4 if self.rope_type == "dynamic" else 2
+        if rotary_dim % 2 or not least <= rotary_dim <= head_dim:
             raise ValueError(
-                f"rope_parameters: expected {missing} for rope_type {self.rope_type!r}, got none"
-            ) from None
-        if self.rope_type == "dynamic" and rotary_dim < 4:
-            raise ValueError(f"rope_parameters: expected a rotary dimension >= 4 for 'dynamic', got {rotary_dim}")
+                f"rope_parameters: expected an even rotary dimension, {least} to D={head_dim}, for rope_type"
+                f" {self.rope_type!r}, got {rotary_dim}"
+            )
+        self._sets = _SETS[self.rope_type](settings)
+        self._factor = settings.number("factor") if self.rope_type == "dynamic" else 1.0
         self._longest = config.max_position_embeddings
         self._dtype = dtype
         self._kept: dict[torch.device, RotaryTableStack] = {}
