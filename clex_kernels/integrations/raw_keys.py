@@ -107,19 +107,20 @@ class RawKeyRotary(nn.Module):
 def _renew(base: PreTrainedModel, given: dict[str, Any], step: Step) -> None:
     """Compute cached tokens anew if this step's frequencies are not those that they were computed by."""
     cache, inputs = given["cache"], find_inputs(given["cache"])
-    if inputs is None:
+    past = int(cache.get_seq_length())
+    if inputs is None or inputs.get_seq_length() != past:
         raise ValueError(
-            "cache: expected one that this model filled under recompute, which remembers its inputs, got one without"
-            " them; run its tokens through this model anew"
+            "cache: expected one that this model filled under recompute, which remembers all its inputs, got one"
+            f" without those of {past - (inputs.get_seq_length() if inputs else 0)} of its {past} tokens; run them"
+            " through this model anew"
         )
     if torch.equal(*torch.broadcast_tensors(inputs.state, step.state)):
         return
-    past = int(cache.get_seq_length())
     empty(cache)
     mask = mask_of(given.get("attention_mask"))
     again = {**inputs.renew(step.state), "attention_mask": None if mask is None else mask[:, :past]}
     tokens = find_tokens({**again, "cache": cache})
-    name = next(name for name in _CACHE_NAMES if given.get(name) is not None)
+    name = next(name for name in _CACHE_NAMES if name in _parameters(type(base)))
     base.forward(**again, **{name: cache, "use_cache": True, _STEP: Step(step.table, tokens, {})})
 
 

@@ -1,0 +1,1 @@
+"""A serving loop with continuous batching over the paged cache of raw keys."""
