@@ -8,11 +8,11 @@ frequencies; it shares no rotary and no attention with this package.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,20 +73,24 @@ class Sizes:
     def clex(self) -> ClexConfig:
         return ClexConfig(head_dim=self.D, train_length=self.train_length, max_factor=16)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What transformers' configurations of several families take."""
+        return {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.C,
+            "intermediate_size": self.F,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.H,
+            "num_key_value_heads": self.G,
+            "initializer_range": self.C**-0.5,
+            "max_position_embeddings": self.clex.train_length * self.clex.max_factor,
+        }
+
     def model(self, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
         """The same weights every time."""
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.C,
-            intermediate_size=self.F,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.H,
-            num_key_value_heads=self.G,
-            head_dim=self.D,
-            initializer_range=self.C**-0.5,
-            max_position_embeddings=self.clex.train_length * self.clex.max_factor,
-        )
+        config = LlamaConfig(**self.settings, head_dim=self.D)
         # not .to(dtype), which would round the rotary embedding's own frequencies too.
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         with torch.no_grad():
@@ -112,14 +116,30 @@ class Frozen:
         return None
 
 
+class Rope(NamedTuple):
+    """Frequencies [R] in fp64, and what cosines and sines are multiplied by."""
+
+    freq: Tensor
+    amplitude: float = 1.0
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """[L, R] each, in fp64."""
+        cos, sin = exact.cos_sin(positions, self.freq)
+        return self.amplitude * cos, self.amplitude * sin
+
+    def rotate_keys(self, k: Tensor) -> Tensor:
+        """k [B, G, S, D] at positions 0 .. S - 1, in fp64."""
+        return exact.rotate(k.transpose(1, 2), *self.cos_sin(torch.arange(k.shape[2]))).transpose(1, 2)
+
+
 class ExactRotary(nn.Module):
     """In a model's `rotary_emb`: cosines and sines in fp64, of the frequencies and positions that were put here."""
 
-    freq: Tensor
+    rope: Rope
     positions: Tensor
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = exact.cos_sin(self.positions, self.freq)
+        cos, sin = self.rope.cos_sin(self.positions)
         return torch.cat((cos, cos), -1)[None], torch.cat((sin, sin), -1)[None]
 
 
@@ -199,13 +219,13 @@ class TrainingCase:
     def truth(self, step: TrainingStep) -> dict[str, Tensor]:
         """Of a step that has its tokens; draws as that step will."""
         rotary = self.exact.model.rotary_emb
-        rotary.freq, rotary.positions = plain_frequencies(self.sizes.clex), torch.arange(self.length)
+        rotary.rope, rotary.positions = Rope(plain_frequencies(self.sizes.clex)), torch.arange(self.length)
         if step.name == CLEX:
             rope = step.model.model.clex_layer
             drawn = rope.sample(self.length, **{**SAMPLING, "generator": self.sampling})
             time = torch.tensor([float(drawn.t)], dtype=torch.float64)
             ode = rope.proj_func
-            rotary.freq = exact.solve_exactly(ode.ode_up_proj, ode.ode_down_proj, time, self.sizes.clex)[0]
+            rotary.rope = Rope(exact.solve_exactly(ode.ode_up_proj, ode.ode_down_proj, time, self.sizes.clex)[0])
             rotary.positions = drawn.positions
         found = self.exact.load_state_dict(step.model.state_dict(), strict=False)
         assert not found.missing_keys
@@ -231,13 +251,18 @@ class TrainingCase:
 
 
 class DecodeStep:
-    """One way to decode: a model, and a filled cache per input set that every step leaves as long as it was."""
+    """One way to decode: a model, and a filled cache per input set that every step leaves as long as it was.
 
-    def __init__(self, case: "DecodeCase", name: str, model: LlamaForCausalLM, caches: Sequence[Cache], is_raw: bool):
-        self.case, self.name, self.model, self.caches, self.is_raw = case, name, model.eval(), caches, is_raw
+    `truth` says which of a set's truths are this way's.
+    """
+
+    def __init__(
+        self, name: str, model: PreTrainedModel, sets: Sequence["InputSet"], caches: Sequence[Cache], truth: str
+    ):
+        self.name, self.model, self.sets, self.caches, self.truth = name, model.eval(), sets, caches, truth
 
     def prepare(self, turn: int) -> None:
-        self.cache, self.tokens = self.caches[turn % SETS], self.case.sets[turn % SETS].tokens
+        self.cache, self.tokens = self.caches[turn % SETS], self.sets[turn % SETS].tokens
 
     @torch.no_grad()
     def run(self) -> Tensor:
@@ -245,8 +270,7 @@ class DecodeStep:
 
     def errors(self, turn: int, logits: Tensor) -> dict[str, float]:
         self.cache.crop(-1)
-        truth = self.case.sets[turn % SETS].truths["clex" if self.name.startswith(CLEX) else "plain"]
-        return errors_over_largest({"logits": logits}, {"logits": truth})
+        return errors_over_largest({"logits": logits}, {"logits": self.sets[turn % SETS].truths[self.truth]})
 
     def way(self, every: int = 1) -> Way:
         return Way(self.name, self.run, self.prepare, self.errors, every)
@@ -274,28 +298,32 @@ class InputSet:
         self.tokens = torch.randint(sizes.vocabulary, (shape.B, 1), generator=generator)
         self.truths: dict[str, Tensor] = {}
 
-    def fill(self, cache: Cache, freq: Tensor | None) -> Cache:
-        """The cache with these keys in it, rotated by `freq` in fp64; None: raw."""
+    def rotated(self, rope: Rope) -> list[Tensor]:
+        """The keys of every layer, rotated in fp64."""
+        return [rope.rotate_keys(k).to(k.dtype) for k, _ in self.layers]
+
+    def fill(self, cache: Cache, rotated: Sequence[Tensor] | None) -> Cache:
+        """The cache with these keys in it; None: raw ones."""
         for number, (k, v) in enumerate(self.layers):
-            cache.update(k if freq is None else rotate_keys(k, freq).to(k.dtype), v, number)
-        cache.holds_raw_keys = freq is None
+            cache.update(k if rotated is None else rotated[number], v, number)
+        cache.holds_raw_keys = rotated is None
         return cache
 
     @torch.no_grad()
-    def find_truth(self, model: LlamaForCausalLM, freq: Tensor) -> Tensor:
+    def find_truth(self, model: PreTrainedModel, rope: Rope) -> Tensor:
         """Logits [B, 1, vocabulary] of an exact model."""
-        model.model.rotary_emb.freq = freq
+        model.model.rotary_emb.rope = rope
         model.model.rotary_emb.positions = torch.tensor([self.layers.shape[-2]])
         cache = DynamicCache()
         for number, (k, v) in enumerate(self.layers):
-            cache.update(rotate_keys(k, freq), v.double(), number)
+            cache.update(rope.rotate_keys(k), v.double(), number)
         return model(**only(cache, self.tokens)).logits
 
 
-def rotate_keys(k: Tensor, freq: Tensor) -> Tensor:
-    """k [B, G, S, D] at positions 0 .. S - 1, in fp64."""
-    cos, sin = exact.cos_sin(torch.arange(k.shape[2]), freq)
-    return exact.rotate(k.transpose(1, 2), cos, sin).transpose(1, 2)
+def cache_maker(model: PreTrainedModel, shape: DecodeShape, is_static: bool) -> Callable[[], Cache]:
+    if is_static:
+        return partial(StaticCache, config=model.config, max_cache_len=shape.S + ROOM)
+    return DynamicCache
 
 
 class DecodeCase:
@@ -304,25 +332,27 @@ class DecodeCase:
     def __init__(self, shape: DecodeShape, sizes: Sizes = SIZES):
         self.shape, self.sizes, self.dtype = shape, sizes, DTYPES[shape.dtype]
         self.weights = synthetic_weights(sizes.clex)
-        self.plain = plain_frequencies(sizes.clex)
+        plain = Rope(plain_frequencies(sizes.clex))
         self.t = sizes.clex.length_factor(shape.S + 1)
         time = torch.tensor([self.t], dtype=torch.float64)
-        freqs = {
-            "clex": exact.solve_exactly(self.weights.up, self.weights.down, time, sizes.clex)[0],
-            "plain": self.plain,
+        ropes = {
+            "clex": Rope(exact.solve_exactly(self.weights.up, self.weights.down, time, sizes.clex)[0]),
+            "plain": plain,
         }
         self.sets = [InputSet(shape, sizes, seed) for seed in range(SETS)]
+        self.keys = [drawn.rotated(plain) for drawn in self.sets]
         model = exact_model(sizes)
         model.load_state_dict(sizes.model(dtype=self.dtype).state_dict())
         for drawn in self.sets:
-            drawn.truths = {name: drawn.find_truth(model, freq) for name, freq in freqs.items()}
+            drawn.truths = {name: drawn.find_truth(model, rope) for name, rope in ropes.items()}
 
     def step(self, name: str, model: LlamaForCausalLM, is_raw: bool, is_static: bool = False) -> DecodeStep:
-        make = (
-            partial(StaticCache, config=model.config, max_cache_len=self.shape.S + ROOM) if is_static else DynamicCache
-        )
-        caches = [drawn.fill(make(), None if is_raw else self.plain) for drawn in self.sets]
-        return DecodeStep(self, name + STATIC * is_static, model, caches, is_raw)
+        make = cache_maker(model, self.shape, is_static)
+        caches = [
+            drawn.fill(make(), None if is_raw else keys) for drawn, keys in zip(self.sets, self.keys, strict=True)
+        ]
+        truth = "clex" if name == CLEX else "plain"
+        return DecodeStep(name + STATIC * is_static, model, self.sets, caches, truth)
 
     def clex(self, is_static: bool = False) -> DecodeStep:
         return self.step(CLEX, clex_model(self.sizes, self.weights, self.dtype), True, is_static)

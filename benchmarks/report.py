@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "triton", "transformers", "torchdiffeq", "pytest-benchmark")
 SECTIONS = {
     "whole model": "Whole model",
+    "raw key cache": "Raw key cache",
     "frequencies": "Frequencies",
     "tables": "Tables",
     "end to end": "Weights to cos and sin",
@@ -43,6 +44,14 @@ apply_clex: in training with t and positions drawn anew and gradients to the ODE
 is the same patched model over raw keys with plain RoPE's frequencies; transformers is the model as it is, with plain
 RoPE, eager rotary and sdpa; its fastest form is that of several, named in the last column. Caches are dynamic ones, but
 where that column says otherwise: torch.cat copies transformers' whole at every step, and raw keys' grow in place."""
+RAW_KEY_TEXT = """\
+Small models of transformers on the RoPE that they have, past the length of training: dynamic NTK, whose frequencies
+change with every token, LongRoPE, whose changed once, and YaRN, whose never do. Raw keys are apply_raw_key_cache with
+its defaults; transformers is the model as it is, with sdpa and a dynamic cache, whose keys are given rotated by this
+step's frequencies: a live cache has them so for YaRN alone."""
+SWITCH_TEXT = """\
+Where LongRoPE's frequencies change, one step passes all cached tokens through the model again. transformers' Phi-3 does
+the same inside generate(), which drops the cache there; plain forward calls do nothing and are wrong from then on."""
 LAYER_DEVICES = ("cpu", "cuda")
 LAYER_TEXT = """\
 Projections, attention and output projection, forward and backward, bf16. CLEX has sampled positions and gradients to
@@ -176,6 +185,19 @@ def model_parts(cases: list[summary.Info]) -> list[str]:
     return ["## Overhead of CLEX in the whole model", MODEL_TEXT, *figures]
 
 
+def raw_key_parts(cases: list[summary.Info]) -> list[str]:
+    """What raw keys cost a model on its own RoPE: every step, and the one that computes its cache anew."""
+    curves = [info["curves"] for info in cases if info["section"] == "raw key cache"]
+    parts = ["## Models on their own RoPE over raw keys", RAW_KEY_TEXT]
+    if not curves:
+        return [*parts, "Not measured in this run."]
+    if any("stock" in shown for shown in curves):
+        parts += ["Median time, *measured*:", summary.raw_key_table(cases)]
+    if any("after" in shown for shown in curves):
+        parts += [SWITCH_TEXT, "Median time, *measured*:", summary.switch_table(cases)]
+    return parts
+
+
 def layer_parts(cases: list[summary.Info]) -> list[str]:
     """What CLEX adds to an attention layer: latency and peak memory by length, for every device that ran."""
     parts = []
@@ -227,6 +249,7 @@ def index(about: dict[str, str], run: TrainingRun, cases: list[summary.Info], el
         parts.append("**Some benchmarks failed: their rows are missing below.**")
     parts += [
         *model_parts(cases),
+        *raw_key_parts(cases),
         "## Overhead over plain RoPE",
         "Time with frequencies that change or are learned, over the same operation by this package with fixed ones. "
         "Without a gradient it is the same kernel over another table: there, the distance from 1 is this run's noise. "

@@ -136,6 +136,33 @@ def model_table(cases: Iterable[Info]) -> str:
     return markdown_table([*header, "over its fastest form", "which is"], rows)
 
 
+def raw_key_table(cases: Iterable[Info]) -> str:
+    """Decode steps of models on their own RoPE, in the order they ran: raw keys and transformers as it is."""
+    rows = []
+    for info in cases:
+        if info["section"] == "raw key cache" and "stock" in info["curves"]:
+            names = (info["ours"], info["curves"]["stock"], info["rival"])
+            ours, *others = (info["seconds"][name] for name in names)
+            latencies = (duration(seconds) for seconds in (ours, *others))
+            ratios = (number(ours / seconds, "x") for seconds in others)
+            rows.append([info["case"], *latencies, *ratios, info["rival"]])
+    header = ["decode step", "raw keys", "transformers", "its fastest form", "over transformers"]
+    return markdown_table([*header, "over its fastest form", "which is"], rows)
+
+
+def switch_table(cases: Iterable[Info]) -> str:
+    """Steps that compute a cache anew: what that takes in passes over all tokens, and in steps."""
+    rows = []
+    for info in cases:
+        if info["section"] == "raw key cache" and "after" in info["curves"]:
+            names = (info["ours"], info["rival"], info["curves"]["after"])
+            ours, *others = (info["seconds"][name] for name in names)
+            latencies = (duration(seconds) for seconds in (ours, *others))
+            rows.append([info["case"], *latencies, *(number(ours / seconds, "x") for seconds in others)])
+    header = ["step at the switch", "recompute", "transformers' pass over all tokens", "a step past the switch"]
+    return markdown_table([*header, "over that pass", "over a step"], rows)
+
+
 def decode_table(cases: Iterable[Info]) -> str:
     """Decode steps that have a rival, in the order they ran: latencies, and what they move."""
     rows = []

@@ -9,16 +9,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers_models import TOKENS, TRAIN_LENGTH, clex_config, clex_model, logits_of, stock_model
+from transformers_models import CLEX_FAMILIES, TOKENS, TRAIN_LENGTH, clex_config, clex_model, logits_of, stock_model
 
 from clex_kernels import ClexConfig
-from clex_kernels.integrations.families import FAMILIES
 from clex_kernels.integrations.transformers import apply_clex
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*max_factor.*", "ignore:lengths past.*")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLEX_FAMILIES)
 @pytest.mark.parametrize("max_shard_size", ["50GB", "20KB"], ids=["one file", "shards"])
 def test_saved_and_loaded_model_is_the_same(tmp_path, family, max_shard_size):
     model = clex_model(family, activation="silu", hidden_factor=2).float()

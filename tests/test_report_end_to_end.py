@@ -57,7 +57,7 @@ def test_every_way_to_decode_is_right_on_both_caches_and_leaves_them_as_long(dty
 def test_frequencies_of_another_t_are_noticed_in_a_decode_step():
     case = whole.DecodeCase(SHAPE, SIZES)
     step = case.frozen()
-    step.name = whole.CLEX
+    step.truth = "clex"
     step.prepare(0)
     assert step.errors(0, step.run())["logits"] > 0.1
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from clex_kernels import append_kv, apply_rotary, attention, decode_attention, reference
 from clex_kernels.tables import TILE, RotaryTable, RotaryTableStack
 
 
@@ -87,12 +88,68 @@ def test_tables_built_in_inference_mode_can_be_saved_by_autograd():
     assert weight.grad.isfinite()
 
 
+AMPLITUDES = torch.tensor([1.3, 0.8, 1.7], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("where", [{"length": 300}, {"positions": torch.tensor([[0.5, 3.0, 1e5]]).double()}])
+def test_each_table_of_a_stack_has_an_amplitude_of_its_own(where, dtype):
+    freq, t = torch.stack((frequencies(8), frequencies(8, 300.0), frequencies(8, 77.0))), torch.ones(3).double()
+    stack = RotaryTableStack.from_frequencies(freq, t, amplitude=AMPLITUDES, dtype=dtype, **where)
+    plain = RotaryTableStack.from_frequencies(freq, t, dtype=torch.float64, **where)
+    assert stack.amplitude is AMPLITUDES
+    assert stack.coarse.dtype == stack.fine.dtype == dtype
+    assert torch.equal(stack.fine, plain.fine.to(dtype))
+    for table, amplitude in enumerate(AMPLITUDES.tolist()):
+        error = (stack.coarse[table] - amplitude * plain.coarse[table]).abs().max()
+        assert error <= amplitude * torch.finfo(dtype).eps
+
+
+def rotated(x: Tensor, stack: RotaryTableStack, first: int, plain: Tensor) -> Tensor:
+    """x [B, L, H, D] by the reference, from position `first`, of sequences that stand at tables 2, 0 and 1."""
+    rows = []
+    for row, table in zip(x, stack.index.tolist(), strict=True):
+        positions = first + torch.arange(x.shape[1])
+        rows.append(reference.rotary(row[None], *reference.tables(plain[table], positions, AMPLITUDES[table])))
+    return torch.cat(rows)
+
+
+def test_rotary_attention_and_decoding_take_each_sequences_amplitude():
+    # D = 20 of which 16 are rotated, so that an amplitude is no scale of the logits.
+    generator = torch.Generator().manual_seed(0)
+    freq = torch.stack((frequencies(8), frequencies(8, 300.0), frequencies(8, 77.0))).requires_grad_()
+    stack = RotaryTableStack.from_frequencies(
+        freq,
+        torch.ones(3).double(),
+        length=128,
+        amplitude=AMPLITUDES,
+        index=torch.tensor([2, 0, 1]),
+        dtype=torch.float64,
+    )
+    q, k, v = (torch.randn(3, 70, heads, 20, generator=generator).double() for heads in (4, 2, 2))
+    truth_q, truth_k = (rotated(x, stack, 0, freq) for x in (q, k))
+    for ours, truth in zip(apply_rotary(q, k, stack), (truth_q, truth_k), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=0, atol=1e-12)
+    expected, _ = reference.attention(truth_q, truth_k, v, reference.visible(70, 70, is_causal=True))
+    out = attention(q, k, v, stack, is_causal=True)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(x.square().sum(), freq, retain_graph=True)[0] for x in (out, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+    caches = torch.zeros(3, 80, 2, 20).double(), torch.zeros(3, 80, 2, 20).double()
+    end = torch.full((3,), 70)
+    append_kv(k, v, *caches, end)
+    with torch.no_grad():
+        step = decode_attention(q[:, -2:], *caches, stack, end)
+    torch.testing.assert_close(step, expected[:, -2:], rtol=0, atol=1e-12)
+
+
 def test_pytree_round_trip_keeps_every_field():
     table = RotaryTable.from_frequencies(frequencies(4), length=70, amplitude=1.5, t=2.5)
     sampled = RotaryTable.from_frequencies(frequencies(4), positions=torch.ones(3, dtype=torch.float64))
     stack = make_stack(train_length=100, index=torch.tensor([2, 0]))
     scaled = [make_scaled(kind, log_scale) for kind in (RotaryTable, RotaryTableStack) for log_scale in LOG_SCALES]
-    for item in (table, sampled, stack, *scaled):
+    amplified = make_stack(amplitude=AMPLITUDES)
+    for item in (table, sampled, stack, amplified, *scaled):
         leaves, spec = pytree.tree_flatten({"x": item})
         back = pytree.tree_unflatten(leaves, spec)["x"]
         assert type(back) is type(item)
@@ -224,6 +281,17 @@ BAD_STACKS = {
     "log_scale": (ValueError, "log_scale: expected one of", {"log_scale": None}),
     "log_scale alone": (ValueError, "log_scale: expected a train_length > 1.*got None", {"log_scale": "clamped"}),
     "train_length float": (TypeError, "train_length: expected an int, got float", {"train_length": 1.5}),
+    "amplitude dtype": (TypeError, "amplitude: expected a number or .*, got torch.float32", {"amplitude": T2.float()}),
+    "amplitude int": (TypeError, "amplitude: expected a number or .*, got torch.int64", {"amplitude": T2.long()}),
+    "amplitude list": (TypeError, "amplitude: expected a number, got list", {"amplitude": [1.0, 2.0]}),
+    "amplitude shape": (ValueError, r"amplitude: expected shape \[T\] = \[2\] on cpu", {"amplitude": T2[:1]}),
+    "amplitude number": (ValueError, r"amplitude: expected shape \[T\] = \[2\].*got \[\]", {"amplitude": T2[0]}),
+    "amplitude device": (ValueError, "amplitude: expected .* on cpu, got .* on meta", {"amplitude": T2.to("meta")}),
+    "amplitude zero": (ValueError, "amplitude: expected a finite number > 0 .*, got 0.0", {"amplitude": T2 - 1}),
+    "amplitude negative": (ValueError, "amplitude: expected a finite number > 0", {"amplitude": -T2}),
+    "amplitude nan": (ValueError, "amplitude: expected .*, got nan", {"amplitude": T2 * math.nan}),
+    "amplitude inf": (ValueError, "amplitude: expected .*, got inf", {"amplitude": T2 / 0}),
+    "amplitude past fp32": (ValueError, "amplitude: expected .* of torch.float32", {"amplitude": T2 * 1e300}),
 }
 
 

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -16,11 +15,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.testing import assert_close
 from transformers import PreTrainedModel
-from transformers_models import clex_model, random_tokens
+from transformers_models import CLEX_FAMILIES, clex_model, random_tokens, widen_norms
 
 from clex_kernels import ClexConfig, clip_gradients, param_groups
 from clex_kernels.integrations import raw_keys
-from clex_kernels.integrations.families import FAMILIES
 from clex_kernels.integrations.transformers import SAMPLING
 from clex_kernels.sampling import draw_times
 
@@ -62,14 +60,6 @@ def gradients_of(model: PreTrainedModel, t: float, forward: Callable[..., Any] |
     loss = loss_of(model if forward is None else forward, t)
     loss.backward()
     return {"loss": loss.detach()} | {name: weight.grad.clone() for name, weight in model.named_parameters()}
-
-
-def norm_in_fp64(model: PreTrainedModel) -> None:
-    """Transformers' own RMSNorm is in fp32 whatever the model is in."""
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            shape, eps = module.weight.shape, module.variance_epsilon
-            module.forward = partial(functional.rms_norm, normalized_shape=shape, weight=module.weight, eps=eps)
 
 
 def ode_gradients(gradients: dict[str, Tensor]) -> list[Tensor]:
@@ -188,10 +178,10 @@ def test_all_layers_of_a_forward_share_one_draw(monkeypatch):
     assert all(first is second for first, second in zip(tables[::2], tables[1::2], strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLEX_FAMILIES)
 def test_ode_gradients_are_the_slopes_of_the_loss(family):
     model = clex_model(family).train()
-    norm_in_fp64(model)
+    widen_norms(model)
     weights = list(model.base_model.clex_layer.parameters())
     with torch.no_grad():
         for weight in weights:
@@ -212,8 +202,8 @@ def test_ode_gradients_are_the_slopes_of_the_loss(family):
     slope = (losses[0] - losses[1]) / (2 * step)
     expected = sum(float((gradient * direction).sum()) for gradient, direction in zip(found, directions, strict=True))
     assert abs(expected) > 1e-4
-    # Mixtral's router is in fp32.
-    assert slope == pytest.approx(expected, rel=1e-3 if family == "mixtral" else 1e-5)
+    # routers are in fp32.
+    assert slope == pytest.approx(expected, rel=1e-3 if family in ("mixtral", "qwen2_moe", "qwen3_moe") else 1e-5)
 
 
 def test_the_ode_gradient_is_the_sum_over_layers(monkeypatch):

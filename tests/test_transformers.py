@@ -6,13 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
-from transformers_models import TRAIN_LENGTH, clex_model, pad_left, random_tokens, stock_of, true_logits
+from transformers_models import (
+    CLEX_FAMILIES,
+    TRAIN_LENGTH,
+    clex_model,
+    dynamic_cache,
+    in_steps,
+    pad_left,
+    random_tokens,
+    static_cache,
+    stock_of,
+    true_logits,
+)
 
 from clex_kernels import attention_checks, decode_checks, tables
 from clex_kernels.integrations import steps
-from clex_kernels.integrations.families import FAMILIES
 from clex_kernels.integrations.transformers import apply_clex
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "llama_gqa.npz")
@@ -32,32 +41,8 @@ SLIDING = {
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*", "ignore:.*max_factor.*", "ignore:lengths past.*")
 
 
-def static_cache(model: PreTrainedModel) -> StaticCache:
-    return StaticCache(config=model.config, max_cache_len=40)
-
-
-def dynamic_cache(model: PreTrainedModel) -> DynamicCache:
-    return DynamicCache(config=model.config)
-
-
 CACHES = pytest.mark.parametrize("make_cache", [dynamic_cache, static_cache], ids=["dynamic", "static"])
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
-
-
-@torch.no_grad()
-def in_steps(
-    model: PreTrainedModel, tokens: Tensor, sizes: list[int], cache: object, mask: Tensor | None = None
-) -> Tensor:
-    """Logits [B, L, V] of several forwards over one cache."""
-    logits, first = [], 0
-    for size in sizes:
-        last = first + size
-        part = None if mask is None else mask[:, :last]
-        out = model(tokens[:, first:last], attention_mask=part, past_key_values=cache, use_cache=True)
-        logits.append(out.logits)
-        first = last
-    assert first == tokens.shape[1]
-    return torch.cat(logits, dim=1)
+FAMILY = pytest.mark.parametrize("family", CLEX_FAMILIES)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """apply_clex around the mathematics: what it refuses, and what it leaves alone."""
 
 import copy
-import gc
 import inspect
 import io
 
@@ -9,18 +8,18 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, DynamicCache, GemmaConfig, GemmaForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig
 from transformers.models.llama import modeling_llama
-from transformers_models import TOKENS, clex_config, clex_model, logits_of, pad_left, stock_model
+from transformers_models import CLEX_FAMILIES, TOKENS, clex_config, clex_model, logits_of, pad_left, stock_model
 
 from clex_kernels import ClexConfig
-from clex_kernels.integrations.families import FAMILIES
+from clex_kernels.integrations import families
 from clex_kernels.integrations.transformers import apply_clex, remove_clex
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*", "ignore:.*max_factor.*", "ignore:lengths past.*")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLEX_FAMILIES)
 def test_remove_gives_the_model_back(family):
     model = stock_model(family)
     before, names, settings = logits_of(model), set(model.state_dict()), model.config.to_dict()
@@ -34,10 +33,12 @@ def test_remove_gives_the_model_back(family):
     assert model.config.to_dict() == settings
 
 
-def test_other_models_of_the_process_keep_their_rotary():
-    gc.collect()  # patched models of earlier tests
+def test_other_models_of_the_process_keep_their_rotary(monkeypatch):
+    # as if no test before had a patched model, which may be alive yet.
+    monkeypatch.setattr(families, "_patches", {})
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", inspect.unwrap(modeling_llama.apply_rotary_pos_emb))
     other, model = stock_model("llama"), stock_model("llama")
-    before, function = logits_of(other), inspect.unwrap(modeling_llama.apply_rotary_pos_emb)
+    before, function = logits_of(other), modeling_llama.apply_rotary_pos_emb
     apply_clex(model, clex_config(model))
     assert torch.equal(logits_of(other), before)
     remove_clex(model)
@@ -107,15 +108,17 @@ def test_patching_a_peft_model_says_what_to_do():
         apply_clex(tuned, ClexConfig(head_dim=12, train_length=8))
 
 
-def gemma():
+def gemma3():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return GemmaForCausalLM(GemmaConfig(vocab_size=61, head_dim=16, num_key_value_heads=1, **sizes))
+    return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=61, head_dim=16, num_key_value_heads=1, **sizes))
 
 
 @pytest.mark.parametrize(
     ("make", "config", "options", "error", "message"),
     [
-        (gemma, ClexConfig(16, 8), {}, ValueError, "families llama, .*got GemmaForCausalLM"),
+        (gemma3, ClexConfig(16, 8), {}, ValueError, "families .*llama, .*got Gemma3ForCausalLM"),
+        (lambda: stock_model("phi3"), ClexConfig(12, 8), {}, ValueError, "other than phi3, phimoe, .*got phi3"),
+        (lambda: stock_model("phimoe"), ClexConfig(12, 8), {}, ValueError, "other than phi3, phimoe, .*got phimoe"),
         (lambda: torch.nn.Linear(2, 2), ClexConfig(16, 8), {}, TypeError, "model: expected a transformers"),
         (lambda: stock_model("llama"), ClexConfig(16, 8), {}, ValueError, "config.head_dim: expected the model's 12"),
         (lambda: stock_model("phi"), ClexConfig(16, 8), {}, ValueError, "config.rotary_dim: expected the model's 8"),

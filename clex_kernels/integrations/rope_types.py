@@ -16,6 +16,7 @@ yarn and longrope multiply cosines and sines by an amplitude, `attention_factor`
 
 import math
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import replace
 from numbers import Real
 from typing import Any, NamedTuple
@@ -198,6 +199,14 @@ class RopeFrequencies:
         self._longest = config.max_position_embeddings
         self._dtype = dtype
         self._kept: dict[torch.device, RotaryTableStack] = {}
+
+    def to(self, dtype: torch.dtype) -> "RopeFrequencies":
+        """The same with tables in `dtype`."""
+        if dtype == self._dtype:
+            return self
+        other = copy(self)
+        other._dtype, other._kept = dtype, {}
+        return other
 
     @property
     def moves(self) -> bool:

@@ -121,7 +121,8 @@ def apply_raw_key_cache(model: PreTrainedModel, recompute: bool | None = None) -
     apply_clex's, Phi-3 (and Phi-4, which is one) and PhiMoE. Other models of the process keep working unchanged.
 
     Keys and values of layers past the first come from hidden states, so they depend on the frequencies of the step
-    that computed them, whatever becomes of them in the cache. `recompute` says what to do about that.
+    that computed them, whatever becomes of them in the cache. `recompute` says what to do about that. All new tokens of
+    a forward share the frequencies of its last one, also a chunk of a prompt and an assistant's candidates.
 
     Args:
         model: from_pretrained's or a fresh one, with any attention implementation but flash_attention_*.
@@ -139,6 +140,12 @@ def apply_raw_key_cache(model: PreTrainedModel, recompute: bool | None = None) -
         raise TypeError(f"recompute: expected a bool or None, got {type(recompute).__name__}")
     base = find_base(model)
     _check_fresh(model, base)
+    rotated = 2 * len(base.rotary_emb.inv_freq)
+    if rotated != read_dims(base.config)[1]:
+        raise ValueError(
+            f"rope_parameters: expected a partial_rotary_factor that the model follows, got one that makes"
+            f" {read_dims(base.config)[1]} channels of a head where it rotates {rotated}"
+        )
     RawKeyRotary(base.rotary_emb, _OwnFrequencies(base, recompute)).attach(base)
     model.set_attn_implementation(IMPLEMENTATION)
 
@@ -162,13 +169,13 @@ class _OwnFrequencies:
     """Tables of a model's own RoPE; beside that, what `remove_raw_key_cache` brings back."""
 
     def __init__(self, base: PreTrainedModel, recompute: bool | None):
-        # attention in fp64 asks for tables in fp64.
-        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-        self.rope = RopeFrequencies(base.config, dtype)
+        self.rope = RopeFrequencies(base.config)
         self.recomputes = self.rope.moves and (self.rope.rope_type == "longrope" if recompute is None else recompute)
         self.attn_implementation = base.config._attn_implementation
 
     def table(self, base: PreTrainedModel, tokens: Tokens) -> RotaryTableStack:
+        # attention in fp64 asks for tables in fp64, and a model may change its dtype.
+        self.rope = self.rope.to(torch.float64 if base.dtype == torch.float64 else torch.float32)
         stack = self.rope.at(self._lengths(base, tokens), tokens.most)
         return stack if stack.index is None else replace(stack, index=stack.index.expand(tokens.batch))
 
