@@ -38,6 +38,7 @@ OPERATIONS = {
 }
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 def test_it_holds_what_a_dynamic_cache_holds(operation):
     ours, theirs = growing_cache(), DynamicCache()
@@ -51,6 +52,7 @@ def test_it_holds_what_a_dynamic_cache_holds(operation):
             assert torch.equal(mine[1], other[1])
 
 
+@torch.no_grad()
 def test_a_step_writes_in_place():
     cache = growing_cache()
     cache.update(*new_tokens(9), 0)
@@ -61,6 +63,32 @@ def test_a_step_writes_in_place():
         places.add(cache.layers[0].keys.data_ptr())
     assert len(places) == 1
     assert cache.layers[0]._buffers[0].shape[2] == 10 + 64
+
+
+@torch.no_grad()
+def test_views_kept_from_before_are_not_written_over():
+    cache = growing_cache()
+    for seed in range(3):
+        cache.update(*new_tokens(2, seed), 0)
+    layer = cache.layers[0]
+    kept = layer.keys, layer.values
+    truth = [x.clone() for x in cache.update(*new_tokens(1, 7), 0)]
+    first = layer.keys, layer.values
+    layer.keys, layer.values = kept
+    cache.update(*new_tokens(1, 8), 0)
+    for x, expected in zip(first, truth, strict=True):
+        assert torch.equal(x, expected)
+
+
+def test_queries_alone_may_carry_gradients():
+    cache, (k, v) = growing_cache(), new_tokens(1)
+    q = torch.ones(2, 3, 1, 5, requires_grad=True)
+    loss = 0.0
+    for _ in range(4):
+        keys, values = cache.update(k, v, 0)
+        loss = loss + (q * keys).sum(dim=-1).sin().mul(values.sum(dim=-1)).sum()
+    loss.backward()
+    assert q.grad.isfinite().all()
 
 
 def test_tensors_that_carry_gradients_are_never_written_to():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers_models import (
     ROPES,
+    TRAIN_LENGTH,
     dynamic_cache,
     exact_model,
     exact_rope,
@@ -22,8 +23,8 @@ from transformers_models import (
     static_cache,
 )
 
-from clex_kernels.integrations.families import FAMILIES
-from clex_kernels.integrations.transformers import apply_raw_key_cache
+from clex_kernels.integrations.families import FAMILIES, WITHOUT_CLEX
+from clex_kernels.integrations.transformers import apply_raw_key_cache, remove_raw_key_cache
 
 # all in fp64; what is left is the order of sums.
 CLOSE = {"rtol": 0.0, "atol": 1e-10}
@@ -298,3 +299,20 @@ def test_fp32_logits_are_within_a_ten_thousandth_of_one_pass(family, rope_type):
         assert stock_error > 100 * error
     else:
         assert stock_error <= 1e-4
+
+
+STOCK = [(family, "dynamic") for family in FAMILIES if family not in WITHOUT_CLEX] + [
+    (family, "longrope") for family in FAMILIES if family != "phimoe"
+]
+
+
+@pytest.mark.parametrize(("family", "rope_type"), STOCK, ids=[" ".join(pair) for pair in STOCK])
+def test_one_pass_is_that_of_transformers_own_rotary(family, rope_type):
+    model = scaled_model(family, rope_type)
+    for length in (TRAIN_LENGTH - 1, 3 * TRAIN_LENGTH):
+        tokens = random_tokens(2, length)
+        stock = logits_of(model, tokens, use_cache=False)
+        apply_raw_key_cache(model)
+        # transformers' angles are in fp32.
+        torch.testing.assert_close(logits_of(model, tokens, use_cache=False), stock, rtol=0.0, atol=5e-4)
+        remove_raw_key_cache(model)

@@ -212,7 +212,11 @@ BAD = {
         ValueError,
         "output_attentions: expected False",
     ),
-    "dropout": (lambda: with_settings(attention_dropout=0.1), ValueError, "attention_dropout: expected 0"),
+    "partial rotary that a Llama does not know": (
+        lambda: of_parameters({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        ValueError,
+        "rope_parameters: expected a partial_rotary_factor that the model follows, .*6 channels .*rotates 12",
+    ),
 }
 
 
@@ -246,6 +250,40 @@ def test_one_patch_at_a_time():
     remove_clex(model)
     apply_raw_key_cache(model)
     assert torch.equal(live_logits(model), live_logits(raw_model("dynamic", None)))
+
+
+def test_attention_dropout_is_refused_in_training_alone():
+    model = with_settings(attention_dropout=0.1)
+    apply_raw_key_cache(model)
+    logits_of(model)
+    with pytest.raises(ValueError, match=r"attention_dropout: expected 0 in training, .*got 0.1; load the model with"):
+        model.train()(TOKENS)
+
+
+def test_a_patched_model_may_change_its_dtype():
+    model = raw_model("dynamic").float()
+    logits = live_logits(model)
+    model.double()
+    torch.testing.assert_close(live_logits(model), live_logits(raw_model("dynamic")), rtol=0.0, atol=1e-3)
+    assert model.base_model.rotary_emb.frequencies.rope.at(torch.tensor([9]), 9).dtype == torch.float64
+    model.float()
+    assert torch.equal(live_logits(model), logits)
+
+
+def test_positions_are_those_that_follow_the_cache():
+    model = raw_model("default")
+    cache = dynamic_cache(model)
+    logits_of(model, TOKENS[:, :4], past_key_values=cache)
+    for wrong in ([[40]], [[3], [4]]):
+        with pytest.raises(ValueError, match=r"position_ids: expected those that follow 4 cached tokens, beginning"):
+            model(TOKENS[:, 4:5], position_ids=torch.tensor(wrong), past_key_values=copy.deepcopy(cache))
+    with pytest.raises(ValueError, match=r"beginning with \[4\], got \[40\]"):
+        model(TOKENS[:, 4:6], position_ids=torch.tensor([[40, 41]]), past_key_values=copy.deepcopy(cache))
+    # after left padding positions count the tokens or the columns.
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    for right in ([[3], [4]], [[4], [4]]):
+        options = {"attention_mask": mask, "position_ids": torch.tensor(right)}
+        model(TOKENS[:, 4:5], past_key_values=copy.deepcopy(cache), **options)
 
 
 def test_calls_that_do_not_fit_are_named():

@@ -222,3 +222,32 @@ def test_a_cache_that_was_filled_on_without_inputs_is_refused():
     logits_of(kept, tokens[:, 5:8], past_key_values=cache)
     with pytest.raises(ValueError, match=r"filled under recompute, .*got one without those of 3 of its 8 tokens"):
         model(tokens[:, 8:], past_key_values=cache)
+
+
+@CACHES
+def test_a_cache_that_a_failure_left_in_parts_is_refused(make_cache, monkeypatch):
+    model, exact = raw_key_model("llama", "longrope")
+    tokens, cache = random_tokens(1, TRAIN_LENGTH + 2), make_cache(model)
+    logits_of(model, tokens[:, :TRAIN_LENGTH], past_key_values=cache)
+    after = tokens[:, TRAIN_LENGTH : TRAIN_LENGTH + 1]
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.base_model.layers[1].self_attn, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(after, past_key_values=cache)
+    with pytest.raises(ValueError, match="cache: expected a whole one, got one of which a forward that failed"):
+        model(after, past_key_values=cache)
+    cache.reset()
+    logits = logits_of(model, tokens, past_key_values=cache)[:, -1]
+    torch.testing.assert_close(logits, one_pass(exact, tokens[0], [TRAIN_LENGTH + 2]), **CLOSE)
+
+
+def test_an_offloaded_cache_is_refused():
+    model, _ = raw_key_model("llama", "longrope")
+    cache = dynamic_cache(model)
+    cache.offloading = True
+    with pytest.raises(ValueError, match=r"cache: expected one that is not offloaded, .*recompute=False"):
+        model(random_tokens(1, 3), past_key_values=cache)

@@ -153,8 +153,15 @@ def test_tables_of_mixed_lengths_have_each_sequences_frequencies_and_amplitude(k
 
 def test_each_set_of_phimoe_has_an_amplitude_of_its_own():
     config = make_config(LONGROPE | {"short_mscale": 1.25, "long_mscale": 1.5, "attention_factor": 1.1})
-    stack = RopeFrequencies(config).at(torch.tensor([65, 64]), 65)
-    assert rows_of(stack, 2)[1] == [1.5, 1.25]
+    assert rows_of(RopeFrequencies(config).at(torch.tensor([65, 64]), 65), 2)[1] == [1.1, 1.1]
+    config.model_type = "phimoe"
+    assert rows_of(RopeFrequencies(config).at(torch.tensor([65, 64]), 65), 2)[1] == [1.5, 1.25]
+    del config.rope_parameters["long_mscale"]
+    with pytest.raises(ValueError, match=r"rope_parameters\['long_mscale'\]: expected a finite number > 0, got None"):
+        RopeFrequencies(config)
+    config.rope_parameters["rope_type"] = "linear"
+    with pytest.raises(ValueError, match="expected rope_type default or longrope for PhiMoE, got 'linear'"):
+        RopeFrequencies(config)
 
 
 STATES = {
@@ -246,7 +253,6 @@ NUMBERS = {
         "factor": (0, "8"),
         "original_max_position_embeddings": (1,),
         "attention_factor": (0,),
-        "long_mscale": (-1.0,),
         "short_factor": (..., SHORT[:-1], "1" * PAIRS, [0.0, *SHORT[1:]]),
         "long_factor": (None, 4.0, [*LONG, 1.0], [math.nan, *LONG[1:]], ["1", *LONG[1:]]),
     },

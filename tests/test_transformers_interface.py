@@ -139,7 +139,6 @@ def gemma3():
         ),
         (lambda: stock_model("llama"), {"head_dim": 12}, {}, TypeError, "config: expected a ClexConfig"),
         (lambda: clex_model("llama"), ClexConfig(12, 8), {}, ValueError, "not patched, got one that is"),
-        (lambda: stock_model("llama", attention_dropout=0.1), ClexConfig(12, 8), {}, ValueError, "attention_dropout"),
         (lambda: stock_model("llama"), ClexConfig(12, 8), {"sampling": 3}, TypeError, "sampling: expected a dict"),
         (lambda: stock_model("llama"), ClexConfig(12, 8), {"sampling": {"t": 3}}, ValueError, "got t"),
         (

@@ -1,9 +1,9 @@
 """A dynamic cache's layers that write new keys and values in place, where transformers' copy the whole cache each step.
 
 Keys and values are views of the first slots of two buffers, which have room for an eighth more: a full one is copied
-into the next, so a token is copied 8 times on average in all its life, whatever the length. Cropping leaves them such
-views, and what comes next writes over what was cropped. Operations of the cache that make new tensors (reordering
-beams, moving) lead to new buffers at the next update.
+into the next, so a token is copied 8 times on average in all its life, whatever the length. What crop() has cut off
+is written over by what comes next. Operations of the cache that make new tensors (reordering beams, moving) lead to new
+buffers at the next update, and so do views that were kept from before and put back.
 """
 
 from typing import Any
@@ -21,6 +21,8 @@ class GrowingLayer(DynamicLayer):
     """DynamicLayer with room for tokens to come."""
 
     _buffers: tuple[Tensor | None, Tensor | None] = (None, None)
+    # slots of the buffers that are written.
+    _filled = 0
 
     @classmethod
     def take_over(cls, layer: DynamicLayer) -> "GrowingLayer":
@@ -31,24 +33,32 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append [B, G, L, D] each; returns all keys and values [B, G, S, D]."""
-        if self._must_copy(key_states):
+        if self._must_copy():
             return super().update(key_states, value_states, *args, **kwargs)
         past = self.keys.shape[-2]
         length = past + key_states.shape[-2]
         kept = zip(self._buffers, (self.keys, self.values), strict=True)
-        if not all(_has_room(buffer, x, length) for buffer, x in kept):
+        if past != self._filled or not all(_has_room(buffer, x, length) for buffer, x in kept):
             self._buffers = _with_room(self.keys, length), _with_room(self.values, length)
+        self._filled = length
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
         self.keys[:, :, past:] = key_states
         self.values[:, :, past:] = value_states
         return self.keys, self.values
 
-    def _must_copy(self, key_states: Tensor) -> bool:
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -`tokens_to_remove` tokens."""
+        is_newest = self.is_initialized and self.keys.shape[-2] == self._filled
+        super().crop(tokens_to_remove)
+        if is_newest:
+            self._filled = self.keys.shape[-2]
+
+    def _must_copy(self) -> bool:
         if not self.is_initialized or self.keys.numel() == 0 or torch.compiler.is_compiling():
             # a prompt may be all there is, and the compiler can't see whose memory a tensor is.
             return True
         # what autograd saved must not be written to.
-        return torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad)
+        return torch.is_grad_enabled()
 
 
 def _has_room(buffer: Tensor | None, x: Tensor, length: int) -> bool:

@@ -90,15 +90,17 @@ class RawKeyRotary(nn.Module):
             # a layer with a window does not hold all tokens that the scale counts.
             tokens = tokens._replace(lengths=torch.full((tokens.batch,), tokens.end, device=table.device))
         step = Step(table, tokens, {}, self.frequencies.state(base, tokens))
-        if step.state is not None and given["cache"] is not None and not _is_empty(given["cache"]):
-            _renew(base, given, step)
+        if given["cache"] is not None:
+            given["cache"].is_whole = False
+            if step.state is not None:
+                _renew(base, given, step)
         return step
 
     def _end(self, base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
         for value in values:
             if isinstance(value, Cache):
-                value.holds_raw_keys = True
+                value.holds_raw_keys = value.is_whole = True
                 value.pads_right = kwargs[_STEP].tokens.pads_right
                 if kwargs[_STEP].state is not None:
                     remember(value, base, _arguments(base, args, kwargs), kwargs[_STEP].state)
@@ -107,6 +109,13 @@ class RawKeyRotary(nn.Module):
 def _renew(base: PreTrainedModel, given: dict[str, Any], step: Step) -> None:
     """Compute cached tokens anew if this step's frequencies are not those that they were computed by."""
     cache, inputs = given["cache"], find_inputs(given["cache"])
+    if cache.offloading:
+        raise ValueError(
+            "cache: expected one that is not offloaded, since a change of frequencies computes all of it anew, got an"
+            " offloaded one; apply_raw_key_cache(model, recompute=False) takes it"
+        )
+    if _is_empty(cache):
+        return
     past = int(cache.get_seq_length())
     if inputs is None or inputs.get_seq_length() != past:
         raise ValueError(
@@ -153,6 +162,11 @@ def _check_call(base: PreTrainedModel, given: dict[str, Any]) -> None:
         )
     if cache is not None and not isinstance(cache, Cache):
         raise TypeError(f"cache: expected a transformers Cache, got {type(cache).__name__}")
+    if not getattr(cache, "is_whole", True) and not all(int(layer.get_seq_length()) == 0 for layer in cache.layers):
+        raise ValueError(
+            "cache: expected a whole one, got one of which a forward that failed has left parts; run its tokens through"
+            " this model anew"
+        )
     if cache is not None and not getattr(cache, "holds_raw_keys", False) and not _is_empty(cache):
         raise ValueError(
             "cache: expected an empty one or one that this model filled, got one that holds keys from elsewhere, which"
@@ -162,6 +176,11 @@ def _check_call(base: PreTrainedModel, given: dict[str, Any]) -> None:
         raise ValueError(
             "cache: expected padding on the left of cached tokens only, got a cache that was filled with some on the"
             " right; pad on the left to generate"
+        )
+    if base.training and getattr(config, "attention_dropout", 0.0):
+        raise ValueError(
+            "attention_dropout: expected 0 in training, since the fused attention has no dropout, got"
+            f" {config.attention_dropout}; load the model with from_pretrained(..., attention_dropout=0.0)"
         )
     if base.training and torch.is_grad_enabled() and getattr(base.layers[0], "gradient_checkpointing", False):
         _check_checkpointing(base.layers[0], cache)

@@ -11,7 +11,9 @@ max_position_embeddings), s = factor, plain_i = b^(-i/R). Each type is its paper
                between a mixture linear in L0 / wavelength
     longrope   plain_i / short_factor_i up to L0 tokens, plain_i / long_factor_i beyond
 
-yarn and longrope multiply cosines and sines by an amplitude, `attention_factor` or what the papers derive from s.
+yarn and longrope multiply cosines and sines by an amplitude, `attention_factor` or what the papers derive from s;
+PhiMoE's longrope by `short_mscale` and `long_mscale`. (transformers' PhiMoE takes short_factor at any length, by an
+oversight: it asks for its frequencies without saying a length.)
 """
 
 import math
@@ -39,8 +41,9 @@ class _Sets(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """What a type may look at: its parameters, the rotary dimension 2R, and max_position_embeddings."""
+    """What a type may look at: the model's, its parameters, the rotary dimension 2R, and max_position_embeddings."""
 
+    model_type: str
     parameters: Mapping[str, Any]
     rotary_dim: int
     longest: int
@@ -105,7 +108,9 @@ def _yarn(settings: _Settings) -> _Sets:
         """Which pair, as a real number, makes so many turns in L0 tokens."""
         return pairs * math.log(settings.trained / (turns * 2 * math.pi)) / math.log(settings.base)
 
-    first, last = pair_of(settings.number("beta_fast", 32.0)), pair_of(settings.number("beta_slow", 1.0))
+    # 0 counts as left out.
+    slowest = settings.number("beta_slow", 1.0) if parameters.get("beta_slow") else 1.0
+    first, last = pair_of(settings.number("beta_fast", 32.0)), pair_of(slowest)
     if parameters.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     # transformers' bounds; a ramp of no width is a step.
@@ -143,9 +148,9 @@ def _longrope(settings: _Settings) -> _Sets:
     freq = torch.stack([settings.plain / settings.numbers(f"{name}_factor") for name in ("short", "long")])
     derived = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
     amplitude = settings.number("attention_factor", derived)
-    # Phi-3.5-MoE's have one for each set.
-    amplitudes = (settings.number(f"{name}_mscale", amplitude) for name in ("short", "long"))
-    return _Sets(freq, tuple(amplitudes), trained)
+    if settings.model_type == "phimoe":
+        return _Sets(freq, (settings.number("short_mscale"), settings.number("long_mscale")), trained)
+    return _Sets(freq, (amplitude, amplitude), trained)
 
 
 def read_dims(config: PreTrainedConfig) -> tuple[int, int]:
@@ -186,8 +191,12 @@ class RopeFrequencies:
                 f"rope_parameters: expected one rope_type of {', '.join(ROPE_TYPES)} for all layers, got"
                 f" {self.rope_type or parameters!r}{hint}"
             )
+        if config.model_type == "phimoe" and self.rope_type not in ("default", "longrope"):
+            raise ValueError(
+                f"rope_parameters: expected rope_type default or longrope for PhiMoE, got {self.rope_type!r}"
+            )
         head_dim, rotary_dim = read_dims(config)
-        settings = _Settings(parameters, rotary_dim, config.max_position_embeddings)
+        settings = _Settings(config.model_type, parameters, rotary_dim, config.max_position_embeddings)
         least = 4 if self.rope_type == "dynamic" else 2
         if rotary_dim % 2 or not least <= rotary_dim <= head_dim:
             raise ValueError(
@@ -209,9 +218,14 @@ class RopeFrequencies:
         return other
 
     @property
+    def changes_once(self) -> bool:
+        """Whether a sequence that grows meets one change of its frequencies."""
+        return self._sets.switch is not None
+
+    @property
     def moves(self) -> bool:
         """Whether frequencies change with length."""
-        return self.rope_type == "dynamic" or self._sets.switch is not None
+        return self.rope_type == "dynamic" or self.changes_once
 
     def state(self, lengths: Tensor) -> Tensor:
         """[B] int64, equal where frequencies are, for lengths [B]."""

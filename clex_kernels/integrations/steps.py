@@ -85,7 +85,7 @@ def find_tokens(given: Mapping[str, Any]) -> Tokens:
     for the device, and not while decoding.
 
     Raises:
-        TypeError, ValueError: the mask is no mask of padding, or position_ids are not consecutive.
+        TypeError, ValueError: the mask is no mask of padding, or position_ids are not the tokens' places.
     """
     x = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     if x is None:
@@ -104,8 +104,8 @@ def find_tokens(given: Mapping[str, Any]) -> Tokens:
         )
     is_first = isinstance(past, int) and past == 0
     looks = is_first or on_host(x)
-    if looks:
-        _check_positions(given.get("position_ids"), mask, new)
+    if looks and given.get("position_ids") is not None:
+        _check_positions(given["position_ids"], mask, past, new)
     if mask is None or (looks and bool(mask.all())):
         return Tokens(batch, new, end, most, lengths=None if isinstance(end, int) else end.expand(batch))
     mask = mask.to(x.device, torch.bool)
@@ -144,20 +144,32 @@ def _check_mask(mask: Tensor, start: Tensor, lengths: Tensor, is_first: bool) ->
     if not torch.equal(block, mask):
         row = int((block != mask).any(dim=1).nonzero()[0])
         expected = "one block of ones in every row" if is_first else "padding on the left of cached tokens only"
-        raise ValueError(f"attention_mask: expected {expected}, got holes in row {row}; pad on the left to generate")
+        raise ValueError(
+            f"attention_mask: expected {expected}, got holes in row {row}; pad on the left to generate"
+            " (without a mask generate() takes every pad token for padding)"
+        )
     return bool((~mask[:, -1] & (lengths > 0)).any())
 
 
-def _check_positions(position_ids: Tensor | None, mask: Tensor | None, new: int) -> None:
+def _check_positions(position_ids: Tensor, mask: Tensor | None, past: int, new: int) -> None:
     """Packed sequences restart their positions; here a row is one sequence, whose tokens stand side by side."""
-    if position_ids is None or new < 2:
-        return
-    is_step = position_ids.diff(dim=-1) == 1
-    if mask is not None:
-        used = mask[:, -new:].to(position_ids.device, torch.bool)
-        is_step = is_step | ~(used[:, 1:] & used[:, :-1])
-    if not bool(is_step.all()):
+    device = position_ids.device
+    used = torch.ones(1, past + new, dtype=torch.bool) if mask is None else mask.bool()
+    used = used.to(device)
+    together = used[:, past + 1 : past + new] & used[:, past : past + new - 1]
+    if not bool(((position_ids.diff(dim=-1) == 1) | ~together).all()):
         raise ValueError(
             "position_ids: expected consecutive ones within each row, got others; packed sequences are rows of their"
             " own here, padded"
+        )
+    if past == 0:
+        # only differences of positions matter.
+        return
+    columns = torch.arange(past, past + new, device=device)
+    places = columns - used.long().argmax(dim=1, keepdim=True)
+    is_place = (position_ids == places) | (position_ids == columns) | ~used[:, past : past + new]
+    if not bool(is_place.all()):
+        raise ValueError(
+            f"position_ids: expected those that follow {past} cached tokens, beginning with {places[:, 0].tolist()},"
+            f" got {position_ids[:, 0].tolist()}; keys stand where they are cached here"
         )

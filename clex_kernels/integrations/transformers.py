@@ -100,25 +100,19 @@ def remove_clex(model: PreTrainedModel) -> None:
     Raises:
         TypeError, ValueError: model is no patched transformers model.
     """
-    base = find_base(model)
-    rotary = base.rotary_emb
-    if not isinstance(rotary, RawKeyRotary) or not isinstance(rotary.frequencies, _ClexFrequencies):
-        raise ValueError("model: expected one patched by apply_clex, got one that is not")
-    rotary.detach(base)
-    rotate_again(base)
+    base, before = _detach(model, _ClexFrequencies, "apply_clex")
     del base.clex_layer
-    before = rotary.frequencies
     base.config.rope_parameters = before.rope_parameters
     base.config.max_position_embeddings = before.max_position_embeddings
-    model.set_attn_implementation(before.attn_implementation)
 
 
 def apply_raw_key_cache(model: PreTrainedModel, recompute: bool | None = None) -> None:
     """Let a loaded transformers model cache raw keys, and rotate all of them by each step's own frequencies, in place.
 
     Frequencies and amplitude are those of the model's settings (rope_type default, linear, dynamic, yarn, longrope or
-    llama3) for the length of each sequence by itself; they are what one pass over its tokens would use. Families are
-    apply_clex's, Phi-3 (and Phi-4, which is one) and PhiMoE. Other models of the process keep working unchanged.
+    llama3) for the length of each sequence by itself; they are what one pass over its tokens would use (but for
+    PhiMoE: see rope_types). Families are apply_clex's, Phi-3 (and Phi-4 of that model_type) and PhiMoE. Other models of
+    the process keep working unchanged.
 
     Keys and values of layers past the first come from hidden states, so they depend on the frequencies of the step
     that computed them, whatever becomes of them in the cache. `recompute` says what to do about that. All new tokens of
@@ -128,9 +122,9 @@ def apply_raw_key_cache(model: PreTrainedModel, recompute: bool | None = None) -
         model: from_pretrained's or a fresh one, with any attention implementation but flash_attention_*.
         recompute: True: a step by other frequencies than the step before first passes all cached tokens through the
             model again, whose inputs the cache remembers; logits then are those of one pass over all tokens. False:
-            cached values stay as they are. None: True for longrope, whose frequencies change once; False for
-            dynamic, whose frequencies change with every token past the length of training. On a GPU a step over a
-            static cache waits for the device to compare frequencies.
+            cached values stay as they are. None: True for longrope, whose frequencies change once in a sequence (a
+            batch is computed anew at the change of each of them); False for dynamic, whose frequencies change with
+            every token past the length of training. A step over a cache on a GPU then waits for the device.
 
     Raises:
         TypeError: model or recompute is of the wrong type.
@@ -156,13 +150,7 @@ def remove_raw_key_cache(model: PreTrainedModel) -> None:
     Raises:
         TypeError, ValueError: model is no patched transformers model.
     """
-    base = find_base(model)
-    rotary = base.rotary_emb
-    if not isinstance(rotary, RawKeyRotary) or not isinstance(rotary.frequencies, _OwnFrequencies):
-        raise ValueError("model: expected one patched by apply_raw_key_cache, got one that is not")
-    rotary.detach(base)
-    rotate_again(base)
-    model.set_attn_implementation(rotary.frequencies.attn_implementation)
+    _detach(model, _OwnFrequencies, "apply_raw_key_cache")
 
 
 class _OwnFrequencies:
@@ -170,7 +158,7 @@ class _OwnFrequencies:
 
     def __init__(self, base: PreTrainedModel, recompute: bool | None):
         self.rope = RopeFrequencies(base.config)
-        self.recomputes = self.rope.moves and (self.rope.rope_type == "longrope" if recompute is None else recompute)
+        self.recomputes = self.rope.moves and (self.rope.changes_once if recompute is None else recompute)
         self.attn_implementation = base.config._attn_implementation
 
     def table(self, base: PreTrainedModel, tokens: Tokens) -> RotaryTableStack:
@@ -230,9 +218,18 @@ def _check_fresh(model: PreTrainedModel, base: PreTrainedModel) -> None:
         )
     if getattr(base.config, "output_attentions", False):
         raise ValueError("output_attentions: expected False, since no kernel here keeps the attention weights")
-    dropout = getattr(base.config, "attention_dropout", 0.0)
-    if dropout:
-        raise ValueError(f"attention_dropout: expected 0, since the fused attention has no dropout, got {dropout}")
+
+
+def _detach(model: PreTrainedModel, kind: type, name: str) -> tuple[PreTrainedModel, Any]:
+    """Undo what both patches do; the base model, and the frequencies that it had."""
+    base = find_base(model)
+    rotary = base.rotary_emb
+    if not isinstance(rotary, RawKeyRotary) or not isinstance(rotary.frequencies, kind):
+        raise ValueError(f"model: expected one patched by {name}, got one that is not")
+    rotary.detach(base)
+    rotate_again(base)
+    model.set_attn_implementation(rotary.frequencies.attn_implementation)
+    return base, rotary.frequencies
 
 
 def _check_fits(base: PreTrainedModel, config: ClexConfig) -> None:
