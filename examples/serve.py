@@ -5,7 +5,8 @@
 
 Prompts are random tokens: what is shown is the loop, in examples/serving, which is there to be copied. Read engine.py
 first, then scheduler.py (who has pages, who is evicted), runner.py (one step of a model) and pages.py. MODEL is a
-directory or a name on the hub, of type Llama, Mistral, Qwen2 or Qwen3, with CLEX or any RoPE that RopeFrequencies has.
+directory or a name on the hub, of type Llama, Mistral, Phi-3, Qwen2 or Qwen3, with CLEX or any
+RoPE that RopeFrequencies has.
 """
 
 import argparse

@@ -26,8 +26,9 @@ from examples.serving.pages import PagePool
 from examples.serving.scheduler import Work
 
 # transformers' model types whose layers are what `run` says, to the last factor.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+# three projections, or one of their rows in this order: Phi-3's own, and what pack_qkv makes.
+_THREE, _ONE = ("q_proj", "k_proj", "v_proj"), "qkv_proj"
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,8 @@ class Runner:
         self.base, self.head = model.base_model, model.get_output_embeddings()
         self.frequencies = frequencies
         first = self.base.layers[0].self_attn
-        kv_heads = first.k_proj.out_features // first.head_dim
-        shape = (len(self.base.layers), kv_heads, first.head_dim)
-        self.pool = PagePool(pages, page_size, shape, first.k_proj.weight.detach())
+        shape = (len(self.base.layers), self.base.config.num_key_value_heads, first.head_dim)
+        self.pool = PagePool(pages, page_size, shape, first.o_proj.weight.detach())
 
     @torch.no_grad()
     def run(self, works: list[Work]) -> Tensor:
@@ -114,8 +114,7 @@ class Runner:
 
     def _attend(self, layer: nn.Module, x: Tensor, pools: Tensor, groups: list[Group]) -> Tensor:
         """Self-attention of x [N, C] over the cache -> [N, C]."""
-        projections = (layer.q_proj, layer.k_proj, layer.v_proj)
-        q, k, v = (project(x).unflatten(-1, (-1, layer.head_dim)) for project in projections)
+        q, k, v = project(layer, x)
         if hasattr(layer, "q_norm"):
             q, k = layer.q_norm(q), layer.k_norm(k)
         rule = {"scale": layer.scaling, "window": window_of(layer)}
@@ -124,6 +123,15 @@ class Runner:
 
     def _on_device(self, values: list[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.pool.memory.device, non_blocking=True)
+
+
+def project(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q [N, H, D], k and v [N, G, D] of x [N, C]."""
+    if hasattr(layer, _ONE):
+        heads = layer.config.num_attention_heads, *[layer.config.num_key_value_heads] * 2
+        return layer.qkv_proj(x).unflatten(-1, (-1, layer.head_dim)).split(heads, dim=-2)
+    q, k, v = (getattr(layer, name)(x).unflatten(-1, (-1, layer.head_dim)) for name in _THREE)
+    return q, k, v
 
 
 def window_of(layer: nn.Module) -> int | None:
@@ -139,11 +147,11 @@ def check_model(model: Any) -> None:
         got = f"{type(model).__name__} (model_type {model.config.model_type!r})"
         raise ValueError(f"model: expected a causal language model of type {', '.join(FAMILIES)}, got {got}")
     for number, layer in enumerate(model.base_model.layers):
-        lacking = [name for name in _PARTS if not isinstance(getattr(layer.self_attn, name, None), nn.Module)]
-        if lacking:
+        parts = {name for name, part in layer.self_attn.named_children() if isinstance(part, nn.Module)}
+        if not (parts.issuperset(_THREE) or _ONE in parts):
             raise ValueError(
-                f"model: expected {', '.join(_PARTS)} in every layer's self_attn, got none of {', '.join(lacking)} in"
-                f" layer {number}; undo pack_qkv (unpack_qkv)"
+                f"model: expected {', '.join(_THREE)}, or {_ONE}, in every layer's self_attn, got"
+                f" {', '.join(sorted(parts))} in layer {number}"
             )
     if model.training:
         raise ValueError("model: expected in evaluation mode, got one in training mode; call model.eval()")

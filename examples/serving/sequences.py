@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,10 @@ class Request:
         for token in self.prompt:
             check_integer("prompt", token)
         check_integer("max_new_tokens", self.max_new_tokens, least=1)
+        for name, kind in (("temperature", Real), ("stop_tokens", Collection)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}: expected a {kind.__name__.lower()}, got {type(value).__name__}")
         if not 0.0 <= self.temperature < math.inf:
             raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
 
