@@ -1,6 +1,6 @@
 """Reads text over a live cache across the length where a model's RoPE changes, and compares with one pass over all.
 
-    python -m examples.raw_key_cache                      # under 5 minutes on 2 cores, output in build/raw_key_cache
+    python -m examples.raw_key_cache                      # under 3 minutes on 2 idle cores, output in build/raw_key_cache
     python -m examples.raw_key_cache --output docs        # what the README shows
 
 One small byte-level Llama is trained with plain RoPE at L0 = 128 bytes. Its weights then serve a Llama with dynamic NTK
