@@ -1,7 +1,7 @@
 """Reads text over a live cache across the length where a model's RoPE changes, and compares with one pass over all.
 
-    python -m examples.raw_key_cache                      # under 3 minutes on 2 idle cores, output in build/raw_key_cache
-    python -m examples.raw_key_cache --output docs        # what the README shows
+    python -m examples.raw_key_cache                  # under 3 minutes on 2 idle cores, output in build/raw_key_cache
+    python -m examples.raw_key_cache --output docs    # what the README shows
 
 One small byte-level Llama is trained with plain RoPE at L0 = 128 bytes. Its weights then serve a Llama with dynamic NTK
 and, fused, a Phi-3 with LongRoPE; both are read up to 4 L0 on test documents, token by token:
