@@ -212,6 +212,7 @@ def test_a_cache_without_inputs_is_refused():
     logits_of(kept, tokens[:, :7], past_key_values=cache)
     with pytest.raises(ValueError, match=r"filled under recompute, .*got one without those of 7 of its 7 tokens"):
         model(tokens[:, 7:], past_key_values=cache)
+    assert logits_of(kept, tokens[:, 7:], past_key_values=cache).isfinite().all()
 
 
 def test_a_cache_that_was_filled_on_without_inputs_is_refused():

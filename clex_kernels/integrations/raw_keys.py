@@ -91,9 +91,9 @@ class RawKeyRotary(nn.Module):
             tokens = tokens._replace(lengths=torch.full((tokens.batch,), tokens.end, device=table.device))
         step = Step(table, tokens, {}, self.frequencies.state(base, tokens))
         if given["cache"] is not None:
-            given["cache"].is_whole = False
             if step.state is not None:
                 _renew(base, given, step)
+            given["cache"].is_whole = False
         return step
 
     def _end(self, base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -125,6 +125,7 @@ def _renew(base: PreTrainedModel, given: dict[str, Any], step: Step) -> None:
         )
     if torch.equal(*torch.broadcast_tensors(inputs.state, step.state)):
         return
+    cache.is_whole = False
     empty(cache)
     mask = mask_of(given.get("attention_mask"))
     again = {**inputs.renew(step.state), "attention_mask": None if mask is None else mask[:, :past]}

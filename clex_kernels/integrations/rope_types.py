@@ -207,6 +207,7 @@ class RopeFrequencies:
         self._factor = settings.number("factor") if self.rope_type == "dynamic" else 1.0
         self._longest = config.max_position_embeddings
         self._dtype = dtype
+        self._freq = {torch.device("cpu"): self._sets.freq}
         self._kept: dict[torch.device, RotaryTableStack] = {}
 
     def to(self, dtype: torch.dtype) -> "RopeFrequencies":
@@ -246,7 +247,7 @@ class RopeFrequencies:
         pairs = self._sets.freq.shape[1]
         exponent = torch.arange(pairs, dtype=torch.float64, device=lengths.device) / (pairs - 1)
         alpha = self._factor * t - (self._factor - 1)
-        freq = self._sets.freq.to(lengths.device) * alpha[:, None] ** -exponent
+        freq = self._freq_on(lengths.device) * alpha[:, None] ** -exponent
         return RotaryTableStack.from_frequencies(freq, t, length=most, dtype=self._dtype)
 
     def _fixed(self, device: torch.device, most: int) -> RotaryTableStack:
@@ -254,9 +255,15 @@ class RopeFrequencies:
         stack = self._kept.get(device)
         if stack is None or stack.length < most:
             room = max(self._longest, 1 << (most - 1).bit_length()) if most else self._longest
-            freq = self._sets.freq.to(device)
+            freq = self._freq_on(device)
             t = torch.ones(len(freq), dtype=torch.float64, device=device)
             amplitude = torch.tensor(self._sets.amplitude, dtype=torch.float64, device=device)
             stack = RotaryTableStack.from_frequencies(freq, t, length=room, amplitude=amplitude, dtype=self._dtype)
             self._kept[device] = stack
         return stack
+
+    def _freq_on(self, device: torch.device) -> Tensor:
+        """Frequencies of the sets [T, R], copied to a device once."""
+        if device not in self._freq:
+            self._freq[device] = self._sets.freq.to(device)
+        return self._freq[device]

@@ -172,7 +172,7 @@ class _OwnFrequencies:
 
     def _lengths(self, base: PreTrainedModel, tokens: Tokens) -> Tensor:
         """[B], or [1] where all are equal."""
-        return torch.tensor([tokens.end], device=device_of(base)) if tokens.lengths is None else tokens.lengths
+        return torch.full((1,), tokens.end, device=device_of(base)) if tokens.lengths is None else tokens.lengths
 
 
 class _ClexFrequencies:
