@@ -7,7 +7,6 @@ Every step is compared with the same weights in transformers' own code in fp64, 
 frequencies; it shares no rotary and no attention with this package.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from benchmarks import exact
 from benchmarks.measure import Way, errors_over_largest
 from benchmarks.weights import Weights, synthetic_weights
 from clex_kernels import ClexConfig, RotaryTable, reference
-from clex_kernels.integrations.raw_keys import IMPLEMENTATION, RawKeyRotary
+from clex_kernels.integrations.raw_keys import IMPLEMENTATION, RawKeyRotary, cache_name
 from clex_kernels.integrations.steps import Tokens
 from clex_kernels.integrations.transformers import SAMPLING, apply_clex
 
@@ -47,9 +46,7 @@ Q_GAIN = 2.0
 # slots of a static cache past those in use.
 ROOM = 64
 LEARNING_RATE = 1e-4
-CACHE = next(
-    name for name in ("cache", "past_key_values") if name in inspect.signature(LlamaForCausalLM.forward).parameters
-)
+CACHE = cache_name(LlamaForCausalLM)
 
 
 @dataclass(frozen=True)

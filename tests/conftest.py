@@ -45,3 +45,15 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def short_text(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A text for the examples, since parsing the whole standard library takes seconds."""
+    from examples.extrapolation import corpus
+
+    some = [f"document {number}: " + "all work and no play. " * (20 + number) for number in range(36)]
+    monkeypatch.setattr(corpus, "documents", lambda: iter(some))
+    corpus.load_corpus.cache_clear()
+    yield
+    corpus.load_corpus.cache_clear()

@@ -26,15 +26,7 @@ ALL_METHODS = (*METHODS, UNTUNED, ODE_ALONE, ODE_ALONE_SLOW)
 BY_NAME = {method.name: method for method in METHODS}
 DOCS = Path(__file__).parents[1] / "docs"
 
-
-@pytest.fixture(autouse=True)
-def short_text(monkeypatch):
-    """Parsing the whole standard library takes seconds."""
-    some = [f"document {number}: " + "all work and no play. " * (20 + number) for number in range(36)]
-    monkeypatch.setattr(corpus, "documents", lambda: iter(some))
-    corpus.load_corpus.cache_clear()
-    yield
-    corpus.load_corpus.cache_clear()
+pytestmark = pytest.mark.usefixtures("short_text")
 
 
 @pytest.fixture

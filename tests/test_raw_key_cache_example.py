@@ -20,17 +20,7 @@ from examples.live_cache.models import DYNAMIC, LONG, Family, Setting
 TINY = Setting(steps=2, train_length=16, prompt=10, length=40, texts=2, width=32, layers=3, batch=2)
 FAMILIES = [LONG, DYNAMIC]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*")
-
-
-@pytest.fixture(autouse=True)
-def short_text(monkeypatch):
-    """Parsing the whole standard library takes seconds."""
-    some = [f"document {number}: " + "all work and no play. " * (20 + number) for number in range(36)]
-    monkeypatch.setattr(corpus, "documents", lambda: iter(some))
-    corpus.load_corpus.cache_clear()
-    yield
-    corpus.load_corpus.cache_clear()
+pytestmark = [pytest.mark.usefixtures("short_text"), pytest.mark.filterwarnings("ignore:.*past_key_values.*")]
 
 
 @pytest.fixture(scope="module")

@@ -130,8 +130,7 @@ def _renew(base: PreTrainedModel, given: dict[str, Any], step: Step) -> None:
     mask = mask_of(given.get("attention_mask"))
     again = {**inputs.renew(step.state), "attention_mask": None if mask is None else mask[:, :past]}
     tokens = find_tokens({**again, "cache": cache})
-    name = next(name for name in _CACHE_NAMES if name in _parameters(type(base)))
-    base.forward(**again, **{name: cache, "use_cache": True, _STEP: Step(step.table, tokens, {})})
+    base.forward(**again, **{cache_name(type(base)): cache, "use_cache": True, _STEP: Step(step.table, tokens, {})})
 
 
 def _arguments(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -139,6 +138,11 @@ def _arguments(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
     given = {**dict(zip(_parameters(type(base)), args, strict=False)), **kwargs}
     given["cache"] = next((given[name] for name in _CACHE_NAMES if given.get(name) is not None), None)
     return given
+
+
+def cache_name(model: type[PreTrainedModel]) -> str:
+    """What a model's forward calls its cache."""
+    return next(name for name in _CACHE_NAMES if name in _parameters(model))
 
 
 @lru_cache

@@ -3,7 +3,6 @@
 n bytes read give logits for the byte after them; n goes from `prompt`, which is one call, to the length of the text.
 """
 
-import inspect
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,15 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from clex_kernels.integrations.raw_keys import cache_name
 from clex_kernels.integrations.transformers import apply_raw_key_cache
 from examples.live_cache.models import LONG, Setting
 
 STOCK, GENERATE = "transformers", "transformers, generate()"
 KEPT, RECOMPUTED = "raw keys, values kept", "raw keys, recompute"
-# transformers renames the argument from 5.24 on.
-CACHE = next(
-    name for name in ("cache", "past_key_values") if name in inspect.signature(LlamaForCausalLM.forward).parameters
-)
+CACHE = cache_name(LlamaForCausalLM)
 
 
 class Reading(NamedTuple):
