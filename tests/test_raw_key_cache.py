@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers_models import (
+    CACHES,
+    CLOSE,
     ROPES,
     TRAIN_LENGTH,
     dynamic_cache,
@@ -20,15 +22,11 @@ from transformers_models import (
     random_tokens,
     raw_key_model,
     scaled_model,
-    static_cache,
 )
 
 from clex_kernels.integrations.families import FAMILIES, WITHOUT_CLEX
 from clex_kernels.integrations.transformers import apply_raw_key_cache, remove_raw_key_cache
 
-# all in fp64; what is left is the order of sums.
-CLOSE = {"rtol": 0.0, "atol": 1e-10}
-CACHES = pytest.mark.parametrize("make_cache", [dynamic_cache, static_cache], ids=["dynamic", "static"])
 WINDOW = 5
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*")

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 # of the extra "bench".
+# both come with the bench extra, which `make install` brings.
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers_models import (
+    CLOSE,
     TRAIN_LENGTH,
     in_steps,
     logits_of,
@@ -13,8 +14,6 @@ from transformers_models import (
     raw_key_model,
 )
 
-# all in fp64; what is left is the order of sums.
-CLOSE = {"rtol": 0.0, "atol": 1e-10}
 NEW = 9
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*")

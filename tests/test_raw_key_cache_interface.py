@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.models.llama import modeling_llama
 from transformers_models import (
+    CLOSE,
     TOKENS,
     clex_config,
     clex_model,
@@ -40,8 +41,6 @@ from clex_kernels.integrations import families
 from clex_kernels.integrations.families import FAMILIES
 from clex_kernels.integrations.transformers import apply_clex, apply_raw_key_cache, remove_clex, remove_raw_key_cache
 
-# all in fp64; what is left is the order of sums.
-CLOSE = {"rtol": 0.0, "atol": 1e-10}
 # from below the switch to above it.
 STEPS = [6, 1, 1, 1, 2]
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers_models import (
+    CACHES,
+    CLOSE,
     TRAIN_LENGTH,
     dynamic_cache,
     logits_of,
@@ -20,10 +22,6 @@ from transformers_models import (
 )
 
 from clex_kernels.integrations.recompute import InputsLayer, find_inputs
-
-# all in fp64; what is left is the order of sums.
-CLOSE = {"rtol": 0.0, "atol": 1e-10}
-CACHES = pytest.mark.parametrize("make_cache", [dynamic_cache, static_cache], ids=["dynamic", "static"])
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*")
 

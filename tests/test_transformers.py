@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 from transformers_models import (
+    CACHES,
     CLEX_FAMILIES,
+    CLOSE,
     TRAIN_LENGTH,
     clex_model,
     dynamic_cache,
@@ -25,8 +27,6 @@ from clex_kernels.integrations import steps
 from clex_kernels.integrations.transformers import apply_clex
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "llama_gqa.npz")
-# all in fp64; what is left is the order of sums.
-CLOSE = {"rtol": 0.0, "atol": 1e-10}
 WINDOW = 7
 # models whose layers see a window: all of them, or every second one.
 SLIDING = {
@@ -41,7 +41,6 @@ SLIDING = {
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*", "ignore:.*max_factor.*", "ignore:lengths past.*")
 
 
-CACHES = pytest.mark.parametrize("make_cache", [dynamic_cache, static_cache], ids=["dynamic", "static"])
 FAMILY = pytest.mark.parametrize("family", CLEX_FAMILIES)
 
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -174,6 +175,11 @@ def static_cache(model: PreTrainedModel) -> StaticCache:
 
 def dynamic_cache(model: PreTrainedModel) -> DynamicCache:
     return DynamicCache(config=model.config)
+
+
+CACHES = pytest.mark.parametrize("make_cache", [dynamic_cache, static_cache], ids=["dynamic", "static"])
+# all in fp64; what is left is the order of sums.
+CLOSE = {"rtol": 0.0, "atol": 1e-10}
 
 
 @torch.no_grad()

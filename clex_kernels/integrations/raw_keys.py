@@ -114,9 +114,9 @@ def _renew(base: PreTrainedModel, given: dict[str, Any], step: Step) -> None:
             "cache: expected one that is not offloaded, since a change of frequencies computes all of it anew, got an"
             " offloaded one; apply_raw_key_cache(model, recompute=False) takes it"
         )
-    if _is_empty(cache):
-        return
     past = int(cache.get_seq_length())
+    if past == 0:
+        return
     if inputs is None or inputs.get_seq_length() != past:
         raise ValueError(
             "cache: expected one that this model filled under recompute, which remembers all its inputs, got one"

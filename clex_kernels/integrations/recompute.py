@@ -69,9 +69,9 @@ def _embed(base: PreTrainedModel, numbers: Tensor) -> Tensor:
     return base.get_input_embeddings()(numbers[:, 0, :, 0])[:, None]
 
 
-def find_inputs(cache: Cache | None) -> InputsLayer | None:
+def find_inputs(cache: Cache) -> InputsLayer | None:
     """What the cache remembers of its inputs."""
-    last = cache.layers[-1] if cache is not None and cache.layers else None
+    last = cache.layers[-1] if cache.layers else None
     return last if isinstance(last, InputsLayer) and last.get_seq_length() else None
 
 

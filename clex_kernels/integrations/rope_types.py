@@ -12,8 +12,8 @@ max_position_embeddings), s = factor, plain_i = b^(-i/R). Each type is its paper
     longrope   plain_i / short_factor_i up to L0 tokens, plain_i / long_factor_i beyond
 
 yarn and longrope multiply cosines and sines by an amplitude, `attention_factor` or what the papers derive from s;
-PhiMoE's longrope by `short_mscale` and `long_mscale`. (transformers' PhiMoE takes short_factor at any length, by an
-oversight: it asks for its frequencies without saying a length.)
+PhiMoE's longrope by `short_mscale` and `long_mscale`. (transformers' PhiMoE takes short_factor at any length, since it
+asks for its frequencies without saying one.)
 """
 
 import math
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from clex_kernels.tables import RotaryTableStack
+from clex_kernels.tables import RotaryTableStack, on_host
 
 __all__ = ["ROPE_TYPES", "RopeFrequencies", "read_dims"]
 
@@ -238,9 +238,9 @@ class RopeFrequencies:
     def at(self, lengths: Tensor, most: int) -> RotaryTableStack:
         """Tables for sequences of these lengths [B], integers on any device, and positions 0 .. most - 1.
 
-        Nothing waits for the device.
+        Nothing waits for the device, but where tables that are kept are built or have to grow.
         """
-        if self.rope_type != "dynamic":
+        if self.rope_type != "dynamic" or self._are_short(lengths):
             stack = self._fixed(lengths.device, most)
             return stack if self._sets.switch is None else replace(stack, index=self.state(lengths))
         t = self.state(lengths).double() / self._longest
@@ -249,6 +249,10 @@ class RopeFrequencies:
         alpha = self._factor * t - (self._factor - 1)
         freq = self._freq_on(lengths.device) * alpha[:, None] ** -exponent
         return RotaryTableStack.from_frequencies(freq, t, length=most, dtype=self._dtype)
+
+    def _are_short(self, lengths: Tensor) -> bool:
+        """Whether none is past L0, as far as that can be seen for nothing."""
+        return on_host(lengths) and lengths.numel() > 0 and int(lengths.max()) <= self._longest
 
     def _fixed(self, device: torch.device, most: int) -> RotaryTableStack:
         """The sets' tables for at least `most` positions, kept."""

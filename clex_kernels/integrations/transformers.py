@@ -134,13 +134,15 @@ def apply_raw_key_cache(model: PreTrainedModel, recompute: bool | None = None) -
         raise TypeError(f"recompute: expected a bool or None, got {type(recompute).__name__}")
     base = find_base(model)
     _check_fresh(model, base)
+    frequencies = _OwnFrequencies(base, recompute)
+    _, rotary_dim = read_dims(base.config)
     rotated = 2 * len(base.rotary_emb.inv_freq)
-    if rotated != read_dims(base.config)[1]:
+    if rotated != rotary_dim:
         raise ValueError(
-            f"rope_parameters: expected a partial_rotary_factor that the model follows, got one that makes"
-            f" {read_dims(base.config)[1]} channels of a head where it rotates {rotated}"
+            "rope_parameters: expected a partial_rotary_factor that the model follows, got one that makes"
+            f" {rotary_dim} channels of a head where it rotates {rotated}"
         )
-    RawKeyRotary(base.rotary_emb, _OwnFrequencies(base, recompute)).attach(base)
+    RawKeyRotary(base.rotary_emb, frequencies).attach(base)
     model.set_attn_implementation(IMPLEMENTATION)
 
 

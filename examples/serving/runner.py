@@ -147,7 +147,7 @@ def check_model(model: Any) -> None:
         got = f"{type(model).__name__} (model_type {model.config.model_type!r})"
         raise ValueError(f"model: expected a causal language model of type {', '.join(FAMILIES)}, got {got}")
     for number, layer in enumerate(model.base_model.layers):
-        parts = {name for name, part in layer.self_attn.named_children() if isinstance(part, nn.Module)}
+        parts = {name for name, _ in layer.self_attn.named_children()}
         if not (parts.issuperset(_THREE) or _ONE in parts):
             raise ValueError(
                 f"model: expected {', '.join(_THREE)}, or {_ONE}, in every layer's self_attn, got"
