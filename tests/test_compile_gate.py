@@ -5,10 +5,10 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-import compile_gate  # noqa: E402
-from compile_gate import TARGETS, TRITON, Counts, find_nvdisasm, gate, innermost_loops, problems  # noqa: E402
-from gate_cases import CASES, launch_decode, launch_qkv_rotary, meta  # noqa: E402
-
+from benchmarks.compiled.cases import CASES, launch_decode, launch_qkv_rotary, meta  # noqa: E402
+from benchmarks.compiled.compiling import TARGETS, compiling, find_nvdisasm, read_sass  # noqa: E402
+from benchmarks.compiled.counts import TRITON, Counts, count_loop, gate, problems  # noqa: E402
+from benchmarks.compiled.sass import accesses, innermost_loops  # noqa: E402
 from clex_kernels.attention_terms import Rule, Tables, Tokens  # noqa: E402
 from clex_kernels.kernels import append, attention_bwd, attention_fwd, decode_combine, rotary  # noqa: E402
 
@@ -81,18 +81,18 @@ def test_decoding_reads_keys_and_values_once_and_a_coarse_row_and_computes_no_si
         pytest.skip("counts need the pinned triton and nvdisasm")
     loops = []
     for rotates in ((True, True), (False, False)):
-        with compile_gate.compiling(target, "decode_kernel") as compiled:
+        with compiling(target, "decode_kernel") as compiled:
             launch_decode(rotates=rotates)
         kernel, constants = compiled[0]
-        sass = compile_gate.read_sass(kernel.asm["cubin"], find_nvdisasm())
+        sass = read_sass(kernel.asm["cubin"], find_nvdisasm())
         loops += innermost_loops(sass)[1]
     fused, plain = loops
     # D 128 in bf16; a coarse row is loaded by as many threads as it has columns, one number each.
     keys_and_values, coarse_row, slots = 2 * 2 * 128, 2 * 64 * 4, constants["BLOCK_S"]
     for loop, others in ((fused, {"32": 2}), (plain, {})):
-        reads = compile_gate.accesses(loop, "LDGSTS")
+        reads = accesses(loop, "LDGSTS")
         wide = reads.pop("128") * 16 * kernel.metadata.num_warps * 32
-        assert (wide, dict(reads), compile_gate.accesses(loop, "LDG")) == (slots * keys_and_values, others, {})
+        assert (wide, dict(reads), accesses(loop, "LDG")) == (slots * keys_and_values, others, {})
     moved = keys_and_values + coarse_row / slots
     # what the ranges give is written and read again.
     length, groups, rows = 32768, 8, 4
@@ -114,18 +114,18 @@ def test_rotary_adds_no_instruction_to_the_loop_of_the_projections(target: str) 
     # the epilogue runs once, the loop goes over 4096 columns of x.
     tile = fused.constants
     assert fused.instructions - plain.instructions <= 0.25 * loop[0] * 4096 // tile["BLOCK_C"]
-    with compile_gate.compiling(target, "qkv_rotary_kernel") as compiled:
+    with compiling(target, "qkv_rotary_kernel") as compiled:
         launch_qkv_rotary()
-    _, loops = innermost_loops(compile_gate.read_sass(compiled[0][0].asm["cubin"], find_nvdisasm()))
+    _, loops = innermost_loops(read_sass(compiled[0][0].asm["cubin"], find_nvdisasm()))
     copies = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_C"] * 2 // (16 * 32 * fused.warps)
-    assert sum((compile_gate.accesses(loop, "LDGSTS") for loop in loops), Counter()) == {"128": copies}
+    assert sum((accesses(loop, "LDGSTS") for loop in loops), Counter()) == {"128": copies}
 
 
 def test_innermost_loops_are_found_with_their_accesses() -> None:
     instructions, loops = innermost_loops(SASS)
     assert len(instructions) == 8
     assert [[text.split()[0] for text in loop] for loop in loops] == [["STG.E.U16", "BRA"]]
-    loop = compile_gate.count_loop(["LDG.E.128 R4", "LDG.E R5", "STL [R1]", "STG.E.64 R6"], threads=128, elements=256)
+    loop = count_loop(["LDG.E.128 R4", "LDG.E R5", "STL [R1]", "STG.E.64 R6"], threads=128, elements=256)
     assert (loop.spills, loop.reads, loop.writes) == (1, {"128": 1, "32": 1}, {"64": 1})
     assert (loop.bytes_read, loop.bytes_written) == (10, 4)
 
@@ -133,7 +133,7 @@ def test_innermost_loops_are_found_with_their_accesses() -> None:
 def test_another_length_offset_or_window_of_attention_compiles_nothing_new() -> None:
     q, k = (meta(2, 512, heads, 128, dtype=torch.bfloat16) for heads in (32, 8))
     fine = meta(1, 64, 2, 64, dtype=torch.float32)
-    with compile_gate.compiling("sm_90") as compiled:
+    with compiling("sm_90") as compiled:
         for length, keys, q_offset, k_offset, window in ((512, 512, 0, 0, 16), (16, 511, 48, 16, 1), (1, 7, 1, 1, 99)):
             x, y = q[:, :length], k[:, :keys]
             tables = Tables(meta(1, keys, 2, 64, dtype=torch.float32), fine)
@@ -150,7 +150,7 @@ def test_another_length_offset_or_window_of_attention_compiles_nothing_new() -> 
 
 def test_another_length_capacity_or_window_of_decoding_compiles_nothing_new() -> None:
     for page in (None, 64):
-        with compile_gate.compiling("sm_90") as compiled:
+        with compiling("sm_90") as compiled:
             for length, capacity, window in ((1, 4096, 16), (2, 64 * 77, 1), (4, 65536, 99), (3, 64, 2**40)):
                 launch_decode(length=length, capacity=capacity, rule=Rule(0.1, window=window), page=page)
         assert len({kernel.hash for kernel, _ in compiled}) == 2
@@ -158,7 +158,7 @@ def test_another_length_capacity_or_window_of_decoding_compiles_nothing_new() ->
 
 def test_another_length_offset_or_batch_of_the_projections_compiles_nothing_new() -> None:
     for variant in ("", "all"):
-        with compile_gate.compiling("sm_90") as compiled:
+        with compiling("sm_90") as compiled:
             for rows, sequences, offset in ((513, 1, 0), (1024, 2, 16), (3 * 333, 3, 1), (4096, 4096, 2**20)):
                 launch_qkv_rotary(rows, sequences=sequences, offset=offset, variant=variant)
         assert len({kernel.hash for kernel, _ in compiled}) == 1
@@ -166,7 +166,7 @@ def test_another_length_offset_or_batch_of_the_projections_compiles_nothing_new(
 
 def test_another_length_or_page_table_of_appending_compiles_nothing_new() -> None:
     k = meta(2, 64, 8, 128, dtype=torch.bfloat16)
-    with compile_gate.compiling("sm_90") as compiled:
+    with compiling("sm_90") as compiled:
         for length, pages, columns in ((1, 64, 8), (3, 77, 5), (16, 4096, 1), (7, 128, 64)):
             pool = meta(pages, 16, 8, 128, dtype=torch.bfloat16)
             block_table, kv_end = meta(2, columns, dtype=torch.int32), meta(2, dtype=torch.int64)
@@ -177,7 +177,7 @@ def test_another_length_or_page_table_of_appending_compiles_nothing_new() -> Non
 def test_another_length_or_offset_compiles_nothing_new() -> None:
     q, k = (torch.empty(2, 512, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
     fine = torch.empty(1, 64, 2, 64, device="meta")
-    with compile_gate.compiling("sm_90") as compiled:
+    with compiling("sm_90") as compiled:
         for length in (1, 7, 16, rotary.SHORT_LENGTH, 65, 96, 511):
             coarse = torch.empty(1, length, 2, 64, device="meta")
             x, y = q[:, :length], k[:, :length]
