@@ -10,7 +10,7 @@ CUDA_VENV := .venv-cuda
 CUDA_PINS := "torch==2.14.1"
 CUDA_TREE := build/cuda-tree
 
-.PHONY: report test install bench lint test-cuda test-all clean
+.PHONY: report test install bench lint test-cuda test-all gpu gpu-static clean
 
 report: install  ## train a small model through the ops, benchmark, write build/report/index.md
 	$(BIN)/python -m benchmarks.report
@@ -39,6 +39,15 @@ test-cuda: $(CUDA_VENV)/installed
 	  tests/test_table_cache.py tests/test_rotary.py tests/test_rotary_interface.py tests/test_rotary_checks.py tests/test_attention.py \
 	  tests/test_attention_cpu.py tests/test_decode.py tests/test_append.py tests/test_qkv_rotary.py \
 	  tests/test_qkv_rotary_cpu.py tests/test_cuda_on_host.py
+
+gpu-static: install  ## what is known of GPUs without one, build/gpu_static/index.md; REFRESH=1 keeps its figures
+	$(BIN)/python -m benchmarks.gpu_static $(if $(filter 1,$(REFRESH)),--refresh)
+
+gpu:  ## with CUDA, in the environment of PYTHON: check and time every kernel; TUNE=1: choose launch tables
+	$(PYTHON) -m benchmarks.on_gpu.device
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m clex_kernels --require-cuda || $(PYTHON) setup.py -q build_ext --inplace --force
+	$(PYTHON) -m benchmarks.gpu_measured $(if $(filter 1,$(TUNE)),--tune)
 
 test-all: test lint test-cuda
 

@@ -13,12 +13,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+if TYPE_CHECKING:
+    # what is measured on a GPU does without it.
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 Label = Literal["measured", "counted", "modelled"]
 
@@ -75,7 +78,7 @@ def run_plainly(way: Way) -> Any:
 
 
 def compare(
-    benchmark: BenchmarkFixture,
+    benchmark: "BenchmarkFixture",
     ours: Way,
     others: Sequence[Way],
     rounds: int,
@@ -132,7 +135,7 @@ def compare(
 
 
 def record(
-    benchmark: BenchmarkFixture,
+    benchmark: "BenchmarkFixture",
     *,
     section: str,
     row: str,
