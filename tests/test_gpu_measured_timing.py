@@ -18,6 +18,7 @@ from gpu_measured_mock import Cpu
 
 from benchmarks.measure import Way
 from benchmarks.on_gpu import floors, timing, work
+from benchmarks.on_gpu.checks import Check, run_check
 from benchmarks.on_gpu.device import Gpu
 from benchmarks.on_gpu.floors import Cost, Floors
 from benchmarks.on_gpu.sizes import FULL
@@ -87,6 +88,17 @@ def test_every_call_is_prepared_then_flushed_then_timed_then_checked():
     assert {order[2 * number][0] for number in range(rounds)} == {"ours", "rival"}
 
 
+def test_the_device_is_held_for_twice_what_the_host_took_last(monkeypatch: pytest.MonkeyPatch):
+    gpu, held = Cpu(), []
+    monkeypatch.setattr(gpu, "hold", held.append)
+    way = Way("ours", lambda: time.sleep(0.004), lambda turn: None, lambda turn, result: {})
+    times = time_ways(gpu, [ready(way)], plan(rounds=2))
+    first, *others = held
+    assert first == 0.0
+    assert all(0.008 <= seconds <= timing.LONGEST_HOLD for seconds in others)
+    assert held[-1] == min(2 * times.host["ours"][0], timing.LONGEST_HOLD)
+
+
 def test_medians_and_spreads_are_of_the_timed_calls_only():
     gpu = Clock(9.0, 9.0, 9.0, 4.0, 1.0, 2.0, 3.0, 5.0)
     times = time_ways(gpu, [ready(make_way("ours", gpu))], plan(rounds=5))
@@ -144,6 +156,15 @@ def test_a_rival_that_is_missing_raises_or_is_wrong_has_a_reason_and_no_time():
     }
 
 
+def test_a_quantity_may_have_a_bound_of_its_own():
+    gpu = Cpu()
+    way = Way("ours", lambda: 0, lambda turn: None, lambda turn, result: {"dx": 0.04, "dfreq": 0.06})
+    assert "dfreq" in time_ways(gpu, [ready(way)], plan()).reasons["ours"]
+    for bounds, is_right in (({"dfreq": 0.2}, True), ({"dfreq": 0.2, "dx": 0.03}, False)):
+        times = time_ways(gpu, [ready(way)], Plan(0.0, time.time() + HOUR, (1, 1), wrong=bounds))
+        assert ("ours" in times.seconds) == is_right
+
+
 def test_ways_that_time_did_not_reach_say_so():
     gpu = Cpu()
     times = time_ways(gpu, [ready(make_way("ours", gpu))], plan(until=-1.0))
@@ -164,7 +185,7 @@ def test_a_way_that_was_left_out_keeps_its_reason_and_is_not_tried():
     rivals = [ready(make_way(name, gpu)) for name in ("ours", "rival")]
     times = time_ways(gpu, rivals, plan(), {"rival": "lost the device: it crashed"}, tried.append)
     assert (list(times.seconds), times.reasons) == (["ours"], {"rival": "lost the device: it crashed"})
-    assert tried == ["ours"]
+    assert tried == ["ours"] * 5
 
 
 @pytest.mark.parametrize("text", ["CUDA error: an illegal memory access", "Triton Error [CUDA]: device-side assert"])
@@ -172,6 +193,29 @@ def test_an_error_that_loses_the_device_is_no_reason_but_the_end(text: str):
     gpu = Cpu()
     with pytest.raises(Poisoned, match=r"illegal memory|device-side"):
         time_ways(gpu, [ready(make_way("ours", gpu, raises=lambda turn: RuntimeError(text)))], plan())
+
+
+def test_who_loses_the_device_in_a_timed_round_gets_the_blame():
+    gpu, tried = Cpu(), []
+    later = {4: RuntimeError("CUDA error: misaligned address")}
+    ways = [ready(make_way("ours", gpu, raises=later.get)), ready(make_way("rival", gpu))]
+    with pytest.raises(Poisoned):
+        time_ways(gpu, ways, plan(), trying=tried.append)
+    assert tried == ["ours", "rival", "ours", "rival", "rival", "ours"]
+
+
+def test_an_error_that_does_not_say_so_loses_the_device_too(monkeypatch: pytest.MonkeyPatch):
+    gpu = Cpu()
+
+    def wait() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu, "wait", wait)
+    raises = make_way("rival", gpu, raises=lambda turn: ValueError("failed"))
+    with pytest.raises(Poisoned, match="an illegal memory access"):
+        time_ways(gpu, [ready(raises)], plan())
+    with pytest.raises(Poisoned, match="an illegal memory access"):
+        run_check(gpu, Check("rotary", "x", lambda gpu: raises.run()), {}, lambda name: None)
 
 
 def test_floors_are_of_the_best_median_and_the_longer_of_two_times(monkeypatch: pytest.MonkeyPatch):
@@ -203,6 +247,8 @@ for order in orders:
             continue
         write({"trying": way})
         if way == "dies":
+            lines.write('{"name": "half of it", "without": {}')
+            lines.flush()
             os.kill(os.getpid(), signal.SIGKILL)
         if way == "loses":
             write({"lost": "CUDA error: an illegal memory access"})

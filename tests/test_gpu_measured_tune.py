@@ -77,7 +77,7 @@ def test_every_candidate_is_launched_in_its_place_and_is_right(slot: Slot, looke
     tried: list[str] = []
     record = try_slot(Cpu(), "sm_80", slot, TUNED, time.time() + 3600, {}, tried.append)
     assert record["reasons"] == {}
-    assert list(record["seconds"]) == list(record["entries"]) == tried == entries
+    assert list(record["seconds"]) == list(record["entries"]) == list(dict.fromkeys(tried)) == entries
     assert {repr(entry) for entry in looked_up} >= set(tried)
 
 

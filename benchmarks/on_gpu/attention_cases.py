@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import exact, formulations
 from benchmarks.measure import Way
 from benchmarks.on_gpu import angles, rivals
-from benchmarks.on_gpu.case import NOISE, SETS, Aim, Bench, Case, draw, errors_of
+from benchmarks.on_gpu.case import NOISE, SETS, WRONG_DFREQ, Aim, Bench, Case, draw, errors_of
 from benchmarks.on_gpu.device import Gpu
 from benchmarks.on_gpu.floors import Cost, size_of
 from benchmarks.on_gpu.sizes import Sizes
@@ -23,7 +23,6 @@ from benchmarks.shapes import MAX_FACTOR
 from clex_kernels import RotaryTable, attention, reference
 
 RESULTS = ("out", "dq", "dk", "dv", "dfreq")
-WRONG_DFREQ = 0.2
 DTYPE = torch.bfloat16
 ROTATED_BEFOREHAND = "attention, q and k rotated beforehand"
 
@@ -213,7 +212,7 @@ def make_attention(length: int, sizes: Sizes, trains: bool, gpu: Gpu) -> Bench:
             *([] if trains else [Aim(ROTATED_BEFOREHAND, 1.03, "time over the same kernel without rotary")]),
             *(Aim(engine.name, NOISE, f"auto over {engine.name}") for engine in engines),
         ],
-        wrong=WRONG_DFREQ if trains else 0.05,
+        wrong=WRONG_DFREQ,
         notes=[
             f"H {heads[0]}, G {heads[1]}, D {heads[2]}, causal; backend=auto",
             f"checked at {sizes.rows_checked} query rows per input set",

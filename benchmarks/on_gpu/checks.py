@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from benchmarks.on_gpu.device import Gpu
-from benchmarks.on_gpu.timing import Poisoned, describe, is_lost
+from benchmarks.on_gpu.timing import describe, raise_if_lost
 
 Head = tuple[int, int]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -44,8 +44,7 @@ def run_check(gpu: Gpu, check: Check, without: Mapping[str, str], trying: Callab
         check.run(gpu)
         gpu.wait()
     except Exception as error:
-        if is_lost(error):
-            raise Poisoned(describe(error)) from error
+        raise_if_lost(gpu, error)
         problem = describe(error)
     return {"kernel": check.kernel, "what": check.what, "problem": problem}
 

@@ -175,6 +175,11 @@ class Decode:
         return [Rival(ROUND_TRIP, make), *plain]
 
 
+def layout(shape: DecodeShape) -> str:
+    """As it lies in memory here: token by token."""
+    return f"q {[shape.B, 1, shape.H, shape.D]}, caches {[shape.B, shape.S, shape.G, shape.D]} in memory"
+
+
 def contiguous(shape: DecodeShape, gpu: Gpu) -> Bench:
     case = Decode(gpu, shape)
     return Bench(
@@ -189,7 +194,7 @@ def contiguous(shape: DecodeShape, gpu: Gpu) -> Bench:
             Aim(OVER_FLOOR, 1.5, "time over reading K and V once (the measured floor)"),
             Aim(OVER_RIVAL, 1.0, "time over the fastest rival"),
         ],
-        notes=[str(shape), "rivals' keys and queries were rotated beforehand", "t = 16"],
+        notes=[layout(shape), "rivals' keys and queries were rotated beforehand", "t = 16"],
     )
 
 
@@ -258,7 +263,7 @@ def paged(shape: DecodeShape, page: int, gpu: Gpu) -> Bench:
         own=[ready(case.step(f"{UNROTATED}, paged", rotated=True)), ready(contiguous_way)],
         without=f"{UNROTATED}, paged",
         cost=case.cost,
-        notes=[str(shape), f"pages of {page} slots in random order"],
+        notes=[layout(shape), f"pages of {page} slots in random order"],
     )
 
 

@@ -7,13 +7,12 @@ import functools
 import gc
 import platform
 import sys
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-# a pause this long tells how many clock ticks a second has.
-PROBE_TICKS = 2_000_000
+# a pause this long, after another one in which an idle device speeds up, tells how many clock ticks a second has.
+PROBE_TICKS = 50_000_000
 
 
 def missing_cuda() -> str | None:
@@ -87,7 +86,9 @@ class Gpu:
 
     def about(self) -> dict[str, str]:
         """For the head of the report."""
-        # the device is looked for before the extension is built.
+        # neither need be there when the device is looked for.
+        import triton
+
         from clex_kernels import extension
 
         properties = self._properties
@@ -100,7 +101,7 @@ class Gpu:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "CUDA, cuDNN": f"{torch.version.cuda}, {torch.backends.cudnn.version()}",
-            "triton": version("triton"),
+            "triton": triton.__version__,
             "extension": f"{'C++ and CUDA C++' if extension.has_cuda() else 'C++ only'} ({extension.build_reason()})",
         }
 

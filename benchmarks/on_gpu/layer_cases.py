@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks import exact, formulations
 from benchmarks.measure import Way
 from benchmarks.on_gpu import angles
-from benchmarks.on_gpu.case import SETS, Aim, Bench, Case, draw, errors_of
+from benchmarks.on_gpu.case import SETS, WRONG_DFREQ, Aim, Bench, Case, draw, errors_of
+from benchmarks.on_gpu.decode_cases import layout
 from benchmarks.on_gpu.device import Gpu
 from benchmarks.on_gpu.floors import Cost, size_of
 from benchmarks.on_gpu.sizes import Sizes
@@ -28,7 +29,6 @@ FROZEN = "ClexAttention, frozen frequencies: plain RoPE"
 EAGER = "eager rotate-half + SDPA (transformers), plain RoPE"
 COMPILED = "torch.compile of the same"
 RESULTS = ("out", "dx", "dqkv", "do_proj", "dfreq")
-WRONG_DFREQ = 0.2
 
 
 def make_layer(gpu: Gpu, shape: ProjectionShape) -> ClexAttention:
@@ -259,7 +259,7 @@ def step(layer: ProjectionShape, cache: DecodeShape, gpu: Gpu) -> Bench:
         without=FROZEN,
         cost=case.cost,
         aims=[Aim(EAGER, LAYER_GOALS[1], "time over the transformers-style step with plain RoPE")],
-        notes=[str(layer), str(cache), "rivals have a cache of rotated keys and plain RoPE"],
+        notes=[str(layer), layout(cache), "rivals have a cache of rotated keys and plain RoPE"],
     )
 
 

@@ -24,11 +24,13 @@ RULES = """\
 Times are *measured*: CUDA events around every single call, medians over rounds in which all ways of a case run once, in
 another order every round. Before a timed call its inputs are replaced by those of another set, the L2 cache is flushed
 by writing twice its size, and the GPU is kept busy until the host has handed the call over: the time is the GPU's own,
-and the host's stands beside it. After each call, untimed, its result is compared with fp64. A way that raises or is
-wrong shows as such. The *measured floor* is the longer of two times: of the bytes that the shapes ask for at the
-bandwidth of a large copy, and of the operations at the rate of a large bf16 product. Over no rotary: over this
-package's own call on what was rotated beforehand, or, of a layer, with frozen frequencies. Ratios are of times, those
-below 1 are faster. The spread is the distance of the quartiles over the median."""
+and the host's stands beside it. What a call displaces from the cache has then to be written back, up to the cache's
+size in its own time; a short call that only reads is further from its floor for that. After each call, untimed, its
+result is compared with fp64. A way that raises or is wrong shows as such. The *measured floor* is the longer of two
+times: of the bytes that the shapes ask for at the bandwidth of a large copy, and of the operations at the rate of a
+large bf16 product. Over no rotary: over this package's own call on what was rotated beforehand, or, of a layer, with
+frozen frequencies. Ratios are of times, those below 1 are faster. The spread is the distance of the quartiles over the
+median."""
 
 
 def problem_of(record: Info) -> str | None:

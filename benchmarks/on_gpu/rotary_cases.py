@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks import exact, formulations
 from benchmarks.measure import Way
 from benchmarks.on_gpu import angles, rivals
-from benchmarks.on_gpu.case import OVER_FLOOR, SETS, Aim, Bench, Case, draw, errors_of
+from benchmarks.on_gpu.case import OVER_FLOOR, SETS, WRONG_DFREQ, Aim, Bench, Case, draw, errors_of
 from benchmarks.on_gpu.device import Gpu
 from benchmarks.on_gpu.floors import Cost, size_of
 from benchmarks.on_gpu.rivals import Pair
@@ -19,8 +19,6 @@ from benchmarks.on_gpu.timing import Rival, ready
 from benchmarks.shapes import MAX_FACTOR, ROTARY_DTYPES, RotaryShape
 from clex_kernels import RotaryTable, apply_rotary, reference
 
-# a bf16 gradient to the frequencies: what rounding q and k costs, times positions up to 16 L.
-WRONG_DFREQ = 0.2
 NO_DFREQ = "no gradient to the frequencies"
 
 
@@ -49,7 +47,7 @@ class Rotary:
             # the oracle makes its own tensors, which must lie where these do.
             with torch.device(self.gpu.device):
                 cos, sin = exact.cos_sin(self.positions, self.freqs[kind])
-                rotated = (exact.rotate(x, cos, sin) for x in self.sets[key[1]])
+                rotated = [exact.rotate(x, cos, sin) for x in self.sets[key[1]]]
             self.truths[key] = dict(zip(("q", "k"), rotated, strict=True))
         return self.truths[key]
 

@@ -23,8 +23,8 @@ INTEGERS = torch.arange(1, MAX_FACTOR + 1, dtype=torch.float64)
 SLOW = 10
 # of positions that are compared with fp64.
 CHECKED = 2048
-# fp32 angles are this far off at position 1M without being wrong by their own lights.
-FP32_ANGLES = 2.0
+# fp32 angles are a tenth off at position 1M without being wrong by their own lights.
+FP32_ANGLES = {"cos, sin": 0.5}
 
 Solve = Callable[[Tensor, Tensor, Tensor, ClexConfig], Tensor]
 

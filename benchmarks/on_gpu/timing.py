@@ -25,6 +25,7 @@ WARM_TURNS = (0, 1, 2)
 # fewer say nothing.
 FEWEST = 3
 LONGEST_HOLD = 0.02
+WRONG = 0.05
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,15 @@ def ready(way: Way) -> Rival:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a case may take, in all and by the clock of time.time(), and how often ways run."""
+    """How long a case may take, in all and by the clock of time.time(), how often ways run, and which errors are too
+    large, by quantity where it is not WRONG.
+    """
 
     seconds: float
     until: float
     rounds: tuple[int, int] = (10, 50)
-    wrong: float = 0.05
     follows: bool = False
+    wrong: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -99,6 +102,16 @@ def is_lost(error: Exception) -> bool:
     return isinstance(error, kinds) or "CUDA error" in str(error) or "Triton Error [CUDA]" in str(error)
 
 
+def raise_if_lost(gpu: Gpu, error: Exception) -> None:
+    """Raises Poisoned if the device is lost, whatever the error says: else the next way would get the blame."""
+    try:
+        gpu.wait()
+    except Exception as lost:
+        raise Poisoned(describe(lost)) from error
+    if is_lost(error):
+        raise Poisoned(describe(error)) from error
+
+
 def describe(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
@@ -133,8 +146,9 @@ class _Round:
         # a call that has compiled once needs the host for as long as this one did; twice that is enough.
         self.hold = 2 * host
         for quantity, error in self.way.errors(turn, result).items():
-            if not error <= self.plan.wrong:
-                raise ArithmeticError(f"error of {quantity}: {error:.1e}, expected at most {self.plan.wrong}")
+            bound = self.plan.wrong.get(quantity, WRONG)
+            if not error <= bound:
+                raise ArithmeticError(f"error of {quantity}: {error:.1e}, expected at most {bound}")
             errors = self.times.errors.setdefault(self.way.name, {})
             errors[quantity] = max(error, errors.get(quantity, 0.0))
         if counts:
@@ -142,15 +156,14 @@ class _Round:
             self.times.host.setdefault(self.way.name, []).append(host)
 
 
-def attempt(times: Times, name: str, act: Callable[[], None]) -> bool:
+def attempt(gpu: Gpu, times: Times, name: str, act: Callable[[], None]) -> bool:
     """Whether it went well; else its reason is kept. What a rival raises is its own affair."""
     try:
         act()
     except ArithmeticError as error:
         times.drop(name, f"wrong: {error}")
     except Exception as error:
-        if is_lost(error):
-            raise Poisoned(describe(error)) from error
+        raise_if_lost(gpu, error)
         times.drop(name, f"raised {describe(error)}")
     else:
         return True
@@ -166,7 +179,7 @@ def time_ways(
 ) -> Times:
     """Times all of them, ours first by convention, in alternation; those in `without` keep their reason.
 
-    `trying` hears of every way before its first call, which may be the last thing this process does.
+    `trying` hears of every way before it is called, which may be the last thing this process does.
     """
     names = [rival.name for rival in rivals]
     if len(set(names)) < len(names):
@@ -189,8 +202,10 @@ def time_ways(
         shift = number % len(rounds) if rounds else 0
         # another order every round, so that no way always follows the same one.
         for each in [*rounds[shift:], *rounds[:shift]]:
-            name = each.way.name
-            if number % each.way.every == 0 and not attempt(times, name, partial(each.call, turn, counts=True)):
+            if number % each.way.every:
+                continue
+            trying(each.way.name)
+            if not attempt(gpu, times, each.way.name, partial(each.call, turn, counts=True)):
                 rounds.remove(each)
     for each in rounds:
         if each.way.name not in times.seconds:
@@ -213,4 +228,4 @@ def warm(gpu: Gpu, rival: Rival, times: Times, plan: Plan, rounds: list[_Round])
             each.follow()
         rounds.append(each)
 
-    return seconds if attempt(times, rival.name, calls) else 0.0
+    return seconds if attempt(gpu, times, rival.name, calls) else 0.0
