@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import plots, summary
+from benchmarks import gpu_static, plots, summary
+from benchmarks.compiled import document, tables
 from benchmarks.measure import machine
 from benchmarks.shapes import LAYER_GOALS, LAYER_LENGTHS
 from examples.train_tiny import CONFIG, Trainer, TrainingRun, train
@@ -112,6 +113,9 @@ def main() -> None:
 
     print("3/4 plot", flush=True)
     draw_plots(run, cases, out)
+    static = document.read()
+    gpu_static.draw(static, out)
+    (out / "gpu_static.md").write_text(tables.full_report(static, []))
 
     print("4/4 write", flush=True)
     elapsed = time.perf_counter() - started
@@ -167,6 +171,16 @@ def draw_plots(run: TrainingRun, cases: list[summary.Info], out: Path) -> None:
     whole, table = (first_curves(cases, section) for section in ("end to end", "tables"))
     if whole and table:
         plots.plot_errors(whole, table, error_goals(cases), out / "error.png")
+
+
+def static_parts(static: document.Static) -> list[str]:
+    """What is known of GPUs without one, from the figures that are kept."""
+    return [
+        "## On a GPU: counted and modelled",
+        "From the figures kept in benchmarks/gpu_static.json, which `make gpu-static` counts anew; [gpu_static.md]"
+        "(gpu_static.md) has every configuration, peers, bytes and assumptions.",
+        *tables.summary_parts(static),
+    ]
 
 
 def first_curves(cases: list[summary.Info], section: str) -> dict[str, Any]:
@@ -262,6 +276,7 @@ def index(about: dict[str, str], run: TrainingRun, cases: list[summary.Info], el
         *layer_parts(cases),
         *qkv_parts(cases),
         *decode_parts(cases),
+        *static_parts(document.read()),
         "## Goals",
         summary.goal_table(verdicts),
         "## Error against position",

@@ -209,8 +209,8 @@ def test_halves_joined_for_products_from_shared_memory_change_nothing(
 ) -> None:
     case = TILED["D 128"]
     inputs = make_inputs(case)
-    monkeypatch.setattr(attention_launch, "product_kind", lambda q: "wgmma")
-    monkeypatch.setattr(attention_fwd, "product_kind", lambda q: "wgmma")
+    monkeypatch.setattr(attention_fwd, "architecture_of", lambda _: "sm_90")
+    monkeypatch.setattr(attention_fwd, "dtype_kind", lambda _: "half")
     assert_exact(run(case, inputs, torch.float64, device), expected(case, inputs, torch.float64))
 
 

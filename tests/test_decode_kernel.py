@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from clex_kernels.attention_terms import Tables, Tokens
 from clex_kernels.decode import _decode_cuda
 from clex_kernels.kernels import decode, decode_combine
+from clex_kernels.kernels.launch_tables import DECODE, Tile
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -26,6 +27,11 @@ TILED = {
     "new tokens across two ranges": Case(kv_end=(130, 258), slots=258, queries=5, h=2, g=1),
     "pages of 128": Case(page=128, kv_end=(700, 130), kv_start=(140, 0), queries=5, h=2, g=1),
     "pages of 16, many": Case(page=16, kv_end=(700, 130), kv_start=(140, 0), rule={"window": 333}),
+    "pages of 1": Case(page=1, kv_end=(150, 37), kv_start=(70, 0)),
+    "pages of 24": Case(page=24, kv_end=(300, 37), kv_start=(70, 0), queries=3, h=2, g=1),
+    "pages of 80": Case(page=80, kv_end=(300, 37), rule={"window": 90}),
+    "quarters of a tile": Case(d=256, r=32, h=2, g=1, kv_end=(200, 64), kv_start=(53, 0), rule={"window": 90}),
+    "quarters of a tile, pages of 16": Case(d=256, r=32, h=2, g=1, page=16, kv_end=(200, 64), kv_start=(53, 0)),
     "partly rotated, D 128": Case(d=128, r=16, h=2, g=1),
     "partly rotated, D 256": Case(d=256, r=32, h=2, g=1),
 }
@@ -64,7 +70,8 @@ def test_whole_tiles_give_the_references_values_in_fp64(
     name: str, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     # fp64 takes the tiles of fp32 by itself, whose steps are parts of a tile.
-    monkeypatch.setitem(decode.TILES, "fp32", {512: (32, 64, 8, 1)})
+    for rows in DECODE.values():
+        monkeypatch.setitem(rows, "float32", {512: Tile(32, 64, 8, 1)})
     case = ALL[name]
     assert_exact(run(case, made(case, torch.float64), device), expected(case, make_inputs(case), torch.float64))
 
@@ -157,13 +164,19 @@ def test_lse_is_not_made_unless_asked_for(device: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN")
-@pytest.mark.parametrize("what", ["page past the pool", "negative page", "page between", "no page of 16"])
-def test_pages_there_are_not_give_nan_for_that_sequence_alone(what: str, device: str) -> None:
-    case = Case(kv_end=(300, 130), page=16 if what == "no page of 16" else 64, h=2, g=1)
+@pytest.mark.parametrize(
+    ("page", "column", "value"),
+    [(64, 1, None), (64, 1, -1), (64, 2, None), (16, 1, None), (1, 100, None)],
+    ids=["page past the pool", "negative page", "page between", "page of 16", "101st page of 1"],
+)
+def test_pages_there_are_not_give_nan_for_that_sequence_alone(
+    page: int, column: int, value: int | None, device: str
+) -> None:
+    case = Case(kv_end=(300, 130), page=page, h=2, g=1)
     step = made(case, torch.float32)
     clean = run(case, step, device)
     block_table = step.block_table.clone()
-    block_table[0, {"page between": 2}.get(what, 1)] = -1 if what == "negative page" else len(step.k_cache)
+    block_table[0, column] = len(step.k_cache) if value is None else value
     for x, y in zip(run(case, step._replace(block_table=block_table), device), clean, strict=True):
         assert x[0].isnan().all()
         assert torch.equal(x[1], y[1])

@@ -12,7 +12,8 @@ from tolerance import assert_within_rule
 from clex_kernels import reference
 from clex_kernels.attention_terms import Tables
 from clex_kernels.kernels import qkv_rotary
-from clex_kernels.kernels.qkv_rotary import TILES, launch_qkv_rotary
+from clex_kernels.kernels.launch_tables import QKV_ROTARY, ProjectionTile
+from clex_kernels.kernels.qkv_rotary import launch_qkv_rotary
 
 
 class Shape(NamedTuple):
@@ -138,16 +139,24 @@ def test_errs_no_more_than_torch(shape: Shape, dtype: torch.dtype, device: torch
         assert_within_rule(outs[i], in_dtype, truth)
 
 
-@pytest.mark.parametrize(
-    ("kind", "rows"),
-    [(kind, rows) for kind, tiles in TILES.items() for rows in (2, *[most + 2 for most in tiles][:-1])],
-)
-def test_every_tile_gives_the_same(kind: str, rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def every_tile() -> dict[ProjectionTile, int]:
+    """The tiles of all tables, but for warps and stages, and a number of rows that each serves."""
+    found: dict[ProjectionTile, int] = {}
+    for tiles in (tiles for kinds in QKV_ROTARY.values() for tiles in kinds.values()):
+        for fewer, tile in zip((0, *tiles), tiles.values(), strict=False):
+            found.setdefault(tile._replace(num_warps=4, num_stages=1), fewer + 2)
+    return found
+
+
+@pytest.mark.parametrize(("tile", "rows"), every_tile().items())
+def test_every_tile_gives_the_same(
+    tile: ProjectionTile, rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape = Shape(2, rows // 2, 32, 3, 1, 64, 20)
     inputs = Inputs.random(shape, torch.float64, device)
     outs = poisoned(shape, torch.float64, device)
     tables = make_tables(inputs.freq, shape.L, torch.float64)
-    monkeypatch.setattr(qkv_rotary, "product_kind", lambda _: kind)
+    monkeypatch.setattr(qkv_rotary, "find_entry", lambda *_: tile)
     launch_qkv_rotary(inputs.x, inputs.weights, None, outs, None, tables, None, 0)
     assert_results(outs, inputs, torch.arange(shape.L, device=device))
 

@@ -9,10 +9,13 @@ pytest.importorskip("triton")
 from tolerance import assert_within_rule
 
 from clex_kernels import reference
-from clex_kernels.kernels.rotary import SHORT_LENGTH, launch_config, launch_rotary, launch_rotary_bwd
+from clex_kernels.kernels.launch_tables import ROTARY, ROTARY_BWD
+from clex_kernels.kernels.rotary import launch_config, launch_rotary, launch_rotary_bwd
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS32 = torch.finfo(torch.float32).eps
+# longer sequences have several tokens in a program.
+SHORT_LENGTH = min(ROTARY["sm_80"]["float32"])
 
 
 class Shape(NamedTuple):
@@ -164,7 +167,7 @@ def test_without_keys_only_queries_are_rotated(device: torch.device) -> None:
 
 def test_wide_heads_take_no_more_threads_than_a_block_has() -> None:
     wide = torch.empty(1, SHORT_LENGTH + 1, 1, 4096, device="meta")
-    assert launch_config("rotary_bwd", wide, None, 2048, False)["num_warps"] == 16
+    assert launch_config(ROTARY_BWD, wide, None, 2048, False)["num_warps"] == 16
 
 
 @pytest.mark.parametrize("shape", [Shape(0, 3, 2, 1, 16, 8), Shape(2, 0, 2, 1, 16, 8)], ids=str)

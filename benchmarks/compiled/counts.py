@@ -5,11 +5,11 @@ Triton's version: they hold for the version TRITON, which is the one to pin. The
 build/compiled, and made again when absent or when a kernel or a file of this package changes.
 """
 
+import fcntl
 import hashlib
 import json
-import os
 import re
-import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,32 +20,45 @@ from benchmarks.compiled import cases, compiling, sass
 from benchmarks.compiled.cases import CASES, Case
 from benchmarks.compiled.compiling import BUILD, TARGETS, count_ptxas, find_nvdisasm, read_sass
 from benchmarks.compiled.compiling import compiling as compile_launches
-from benchmarks.compiled.sass import accesses, byte_count, innermost_loops
+from benchmarks.compiled.sass import accesses, byte_count, count_classes, innermost_loops, shared_bytes
 
 TRITON = "3.7.1"
+PACKED = ("FADD2", "FMUL2", "FFMA2")
 SOURCE = "".join(Path(module).read_text() for module in (__file__, cases.__file__, compiling.__file__, sass.__file__))
 
 
 @dataclass
 class Loop:
-    """An innermost loop: instructions, of these on tensor cores, accesses to global memory by width in bits, and the
-    bytes they move per element.
+    """An innermost loop: instructions in all, by class, and of these on tensor cores; packed fp32 ones; accesses of
+    loads, copies to shared memory and stores by width in bits; the bytes that loads and stores move per element; and
+    the bytes that a block asks of L2 and its warps each of shared memory.
     """
 
     instructions: int
-    products: int
-    spills: int
+    classes: dict[str, int]
+    packed: int
     reads: dict[str, int]
+    copies: dict[str, int]
     writes: dict[str, int]
     bytes_read: float
     bytes_written: float
+    bytes_issued: int
+    shared_bytes: int
+
+    @property
+    def products(self) -> int:
+        return self.classes.get("tensor", 0)
+
+    @property
+    def spills(self) -> int:
+        return self.classes.get("spill", 0)
 
 
 @dataclass
 class Counts:
     """What one compiled configuration needs and does; the last three are None where no SASS could be read.
 
-    Bytes are those of the accesses issued, in `outside_bytes_read` by one program outside its innermost loops.
+    What stands outside belongs to no innermost loop.
     """
 
     name: str
@@ -54,19 +67,34 @@ class Counts:
     constants: dict[str, int | bool]
     warps: int
     shared_bytes: int
+    tensor_columns: int
     registers: int
     spill_bytes: int
     instructions: int | None = None
-    outside_bytes_read: int | None = None
+    outside_instructions: int | None = None
     loops: list[Loop] | None = None
+
+    @property
+    def main_loop(self) -> Loop | None:
+        """The loop that does the work: of those with at least half of the most products, or else fp32 arithmetic, fp64
+        arithmetic or accesses, the shortest, which is the one that needs no masks.
+        """
+        for kind in ("tensor", "fp32", "fp64", "global"):
+            found = [(loop.classes.get(kind, 0), loop) for loop in self.loops or ()]
+            most = max((n for n, _ in found), default=0)
+            if most:
+                return min((loop for n, loop in found if 2 * n >= most), key=lambda loop: loop.instructions)
+        return None
 
 
 def count_loop(instructions: list[str], threads: int, elements: int) -> Loop:
-    reads, writes = accesses(instructions, "LDG"), accesses(instructions, "STG")
-    spills = sum(bool(re.match(r"LDL|STL", text)) for text in instructions)
-    products = sum(bool(re.match(r"\w*MMA\b", text)) for text in instructions)
-    bytes_read, bytes_written = (byte_count(widths, threads) / elements for widths in (reads, writes))
-    return Loop(len(instructions), products, spills, dict(reads), dict(writes), bytes_read, bytes_written)
+    reads, copies, writes = (accesses(instructions, opcode) for opcode in ("LDG", "LDGSTS", "STG"))
+    issued = [byte_count(widths, threads) for widths in (reads, copies, writes)]
+    return Loop(
+        *(len(instructions), count_classes(instructions), sum(text.startswith(PACKED) for text in instructions)),
+        *(dict(reads), dict(copies), dict(writes)),
+        *((issued[0] + issued[1]) / elements, issued[2] / elements, sum(issued), shared_bytes(instructions)),
+    )
 
 
 def count(case: Case, target: str, known: dict[str, Counts]) -> Counts:
@@ -85,27 +113,33 @@ def count(case: Case, target: str, known: dict[str, Counts]) -> Counts:
         found = {name: int(n) for name, n in re.findall(r"\.(\w+_count):\s*(\d+)", kernel.asm["amdgcn"])}
         registers, spill_bytes = found["vgpr_count"], 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
     warps = kernel.metadata.num_warps
-    shared = kernel.metadata.shared
-    counts = Counts(case.name, key, kernel.metadata.name, constants, warps, shared, registers, spill_bytes)
+    shared, tensor = kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", None) or 0
+    counts = Counts(case.name, key, kernel.metadata.name, constants, warps, shared, tensor, registers, spill_bytes)
     if is_nvidia and nvdisasm:
         instructions, loops = innermost_loops(read_sass(kernel.asm["cubin"], nvdisasm))
-        outside = accesses(instructions, "LDG") - accesses([text for loop in loops for text in loop], "LDG")
-        counts.instructions, counts.outside_bytes_read = len(instructions), byte_count(outside, 32 * warps)
+        counts.instructions = len(instructions)
+        counts.outside_instructions = len(instructions) - sum(map(len, loops))
         counts.loops = [count_loop(loop, 32 * warps, case.elements(constants)) for loop in loops]
     return counts
 
 
-def gate(target: str) -> list[Counts]:
-    """Counts of every case for the target, read from and written to its report."""
-    report = BUILD / f"{target}.json"
-    rows = json.loads(report.read_text())["configurations"] if report.exists() else []
-    known = {row["name"]: load_counts(row) for row in rows}
-    found = [count(case, target, known) for case in CASES.values()]
+def gate(target: str, cases: Iterable[Case] = CASES.values()) -> list[Counts]:
+    """Counts of the cases for the target, read from and written to its report."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=BUILD, delete=False) as file:
-        json.dump({"target": target, "triton": triton.__version__, "configurations": list(map(asdict, found))}, file)
-    # another worker may be writing the same report.
-    os.replace(file.name, report)
+    report = BUILD / f"{target}.json"
+    with open(report.with_suffix(".lock"), "w") as lock:
+        # who comes second finds everything compiled.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = json.loads(report.read_text())["configurations"] if report.exists() else []
+        known = {row["name"]: load_counts(row) for row in rows}
+        found = [count(case, target, known) for case in cases]
+        known |= {counts.name: counts for counts in found}
+        rows = [asdict(counts) for counts in known.values()]
+        content = {"target": target, "triton": triton.__version__, "configurations": rows}
+        # a run that is stopped here must not leave half a report.
+        unfinished = report.with_suffix(".part")
+        unfinished.write_text(json.dumps(content))
+        unfinished.replace(report)
     return found
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from clex_kernels.kernels.common import strides
+from clex_kernels.kernels.launch_tables import APPEND, find_entry
 
 
 # a value that changes from call to call must not choose among compiled kernels.
@@ -72,27 +73,21 @@ def append_kernel(
         tl.store(v_slots_ptrs + offs_g * v_cache_strides[2], v, mask=mask_g)
 
 
-# up to this length a program takes one token, since more would leave a GPU idle.
-SHORT_LENGTH = 64
-# of k or v: two 16-byte accesses per thread of 4 warps.
-TILE_BYTES = 4096
-
-
 def launch_config(k: torch.Tensor) -> dict[str, int]:
     """Constexprs and warps for k [B, L, G, D]."""
     _, length, heads, dims = k.shape
+    tile = find_entry(APPEND, k, length)
     block_d = triton.next_power_of_2(dims)
     row_bytes = block_d * k.element_size()
-    block_g = min(triton.next_power_of_2(heads), max(1, TILE_BYTES // row_bytes))
-    block_l = 1 if length <= SHORT_LENGTH else max(1, TILE_BYTES // (block_g * row_bytes))
-    tile_bytes = block_l * block_g * row_bytes
+    block_g = min(triton.next_power_of_2(heads), max(1, tile.tile_bytes // row_bytes))
+    block_l = min(tile.tokens, max(1, tile.tile_bytes // (block_g * row_bytes)))
     return {
         "D": dims,
         "BLOCK_L": block_l,
         "BLOCK_G": block_g,
         "BLOCK_D": block_d,
         # 16 warps of AMD's 64 threads are the most that a block takes.
-        "num_warps": min(16, max(1, 4 * tile_bytes // TILE_BYTES)),
+        "num_warps": min(16, max(1, tile.num_warps * block_l * block_g * row_bytes // tile.tile_bytes)),
     }
 
 

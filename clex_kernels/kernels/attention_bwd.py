@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from clex_kernels.attention_terms import Rule, Tables, Tokens
-from clex_kernels.kernels import attention_bwd_dkv, attention_bwd_dq
+from clex_kernels.kernels.attention_bwd_dkv import attention_bwd_dkv_kernel
+from clex_kernels.kernels.attention_bwd_dq import attention_bwd_dq_kernel
 from clex_kernels.kernels.attention_launch import (
     Operand,
     TableOperand,
@@ -25,6 +26,14 @@ from clex_kernels.kernels.attention_launch import (
     token_arguments,
 )
 from clex_kernels.kernels.common import strides
+from clex_kernels.kernels.launch_tables import (
+    ATTENTION_BWD_DELTA,
+    ATTENTION_BWD_DFREQ,
+    ATTENTION_BWD_DKV,
+    ATTENTION_BWD_DQ,
+    constants_of,
+    find_entry,
+)
 from clex_kernels.kernels.parts import load_columns
 from clex_kernels.kernels.sequences import first_tile_of, load_bounds, row_pointers
 
@@ -88,19 +97,16 @@ def attention_bwd_dfreq_kernel(
     tl.store(sums_ptr + (b.to(tl.int64) * heads + h) * R + offs_r, total, mask=offs_r < R)
 
 
-DELTA_TILE = {"BLOCK_L": 64, "num_warps": 4}
-PARTIALS_TILE = {"BLOCK_N": 16, "num_warps": 4}
-
-
 def launch_delta(dout: torch.Tensor, out: torch.Tensor, dlse: torch.Tensor | None, lse: torch.Tensor) -> torch.Tensor:
     """sum(dout out) - dlse, [B, H, L] like lse."""
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
     B, L, H, D = dout.shape
-    attention_bwd_delta_kernel[B * triton.cdiv(L, DELTA_TILE["BLOCK_L"]), H](
+    tile = find_entry(ATTENTION_BWD_DELTA, dout, D)
+    attention_bwd_delta_kernel[B * triton.cdiv(L, tile.block_l), H](
         *(Operand.of(dout), Operand.of(out), dlse, delta, L, strides(dlse, 3)),
         D=D,
         BLOCK_D=head_constants(D, 0)["BLOCK_D"],
-        **DELTA_TILE,
+        **constants_of(tile),
     )
     return delta
 
@@ -118,7 +124,7 @@ def launch_dfreq(
         R=pairs,
         BLOCK=block,
         BLOCK_R=triton.next_power_of_2(pairs),
-        **PARTIALS_TILE,
+        **constants_of(find_entry(ATTENTION_BWD_DFREQ, partials, pairs)),
     )
     return sums.sum(dim=1)
 
@@ -156,8 +162,8 @@ def launch_attention_bwd(
         delta = launch_delta(dout, out, dlse, lse)
         inputs = (*map(Operand.of, (dout, q, k, v)), lse, delta, TableOperand.of(tables))
 
-        def launch(kernel, tiles, is_query: bool, outputs: tuple[torch.Tensor, ...]) -> None:
-            config = launch_config(tiles, q, R if any(rotate) else 0)
+        def launch(kernel, table, is_query: bool, outputs: tuple[torch.Tensor, ...]) -> None:
+            config = launch_config(table, q, R if any(rotate) else 0)
             block, heads, length, cu_seqlens, is_rotated = (
                 (config["BLOCK_L"], H, L, tokens.cu_seqlens_q, rotate[0])
                 if is_query
@@ -180,6 +186,6 @@ def launch_attention_bwd(
             if partials is not None:
                 dfreq.add_(launch_dfreq(partials, tokens, batch, length, is_query, block))
 
-        launch(attention_bwd_dq.attention_bwd_dq_kernel, attention_bwd_dq.TILES, True, (dq,))
-        launch(attention_bwd_dkv.attention_bwd_dkv_kernel, attention_bwd_dkv.TILES, False, (dk, dv))
+        launch(attention_bwd_dq_kernel, ATTENTION_BWD_DQ, True, (dq,))
+        launch(attention_bwd_dkv_kernel, ATTENTION_BWD_DKV, False, (dk, dv))
     return dfreq

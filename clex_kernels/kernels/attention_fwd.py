@@ -5,6 +5,10 @@
 Keys are rotated once, by a pass over k alone, and queries once per program, before its loop over the keys: the loop is
 that of attention without rotary. Under grouped heads the pass over k moves a fraction of what q takes.
 
+Loops differ by where q' comes from (QUERY). Of heads rotated whole its halves may stay as they are, with keys in halves
+as well, or be joined in registers, where that costs the loop nothing. Else a program writes the q' of its rows to
+memory and loads it back as it would q: to where it is saved, or to these rows of out, which the program writes last.
+
 Grid of the pass over k: a program per BLOCK_L slots of a sequence, for all heads. Grid of the attention: a program per
 BLOCK_L queries of a sequence and per query head, the last tiles first, since under causality they take longest. It goes
 from the first visible key on, in blocks that all its queries see whole, with blocks that need a mask before and after.
@@ -21,15 +25,24 @@ from clex_kernels.kernels.attention_launch import (
     NOT_SPECIALIZED,
     Operand,
     TableOperand,
+    head_constants,
     launch_config,
     precision,
-    product_kind,
     rule_constants,
     sequence_count,
     tile_count,
     token_arguments,
 )
 from clex_kernels.kernels.common import strides
+from clex_kernels.kernels.launch_tables import (
+    ATTENTION_FWD,
+    ATTENTION_FWD_KEYS,
+    READS_SHARED,
+    architecture_of,
+    constants_of,
+    dtype_kind,
+    find_entry,
+)
 from clex_kernels.kernels.parts import (
     cast_parts,
     dot_parts,
@@ -153,7 +166,7 @@ def attention_fwd_kernel(
     T,
     num_rows,
     ROTATE_Q: tl.constexpr,
-    JOIN_HALVES: tl.constexpr,
+    QUERY: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -170,7 +183,7 @@ def attention_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """out, lse and, unless None, q' of BLOCK_L queries; k has rotated keys."""
+    """out, lse and, unless None, q' of BLOCK_L queries; k has rotated keys. q_rotated may be out."""
     dtype: tl.constexpr = lse_ptr.dtype.element_ty
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
@@ -181,20 +194,29 @@ def attention_fwd_kernel(
     offs_l = first + tl.arange(0, BLOCK_L)
     mask_l = offs_l < queries
     rows_l = q_row + offs_l
-    query = load_parts(row_pointers(q, at, rows_l, h), mask_l, R, TAIL, BLOCK_R, BLOCK_T)
     shift = shift_of(q_first, k_first)
+    # rows past the end repeat the last. Masked they would share their mask with out, which would be kept in registers.
+    there = tl.minimum(offs_l, queries - 1)
+    ptrs = row_pointers(q, at, q_row + there, h)
     if ROTATE_Q:
-        sees = sees_something(offs_l, queries, start, end, shift, window, IS_CAUSAL)
-        cos, sin = load_rotation(table, b, q_first + offs_l, sees, T, num_rows, R, TILE, BLOCK_R)
-        query = cast_parts(rotate_parts(query, cos, sin), q.ptr.dtype.element_ty)
+        sees = sees_something(there, queries, start, end, shift, window, IS_CAUSAL)
+        cos, sin = load_rotation(table, b, q_first + there, sees, T, num_rows, R, TILE, BLOCK_R)
+        rotated = rotate_parts(load_parts(ptrs, None, R, TAIL, BLOCK_R, BLOCK_T), cos, sin)
+        rotated = cast_parts(rotated, q.ptr.dtype.element_ty)
         if q_rotated is not None:
-            store_parts(row_pointers(q_rotated, at, rows_l, h), query, mask_l, R, TAIL)
-
-    KEY_R: tl.constexpr = 0 if JOIN_HALVES else R
-    KEY_TAIL: tl.constexpr = D if JOIN_HALVES else TAIL
-    KEY_BLOCK_T: tl.constexpr = BLOCK_D if JOIN_HALVES else BLOCK_T
-    if JOIN_HALVES:
-        query = join_halves(query)
+            ptrs = row_pointers(q_rotated, at, q_row + there, h)
+            store_parts(ptrs, rotated, None, R, TAIL)
+            # other threads load what this one stored.
+            tl.debug_barrier()
+    if QUERY == "halves":
+        query = rotated
+    elif QUERY == "joined":
+        query = join_halves(rotated)
+    else:
+        query = (load_columns(ptrs, None, D, BLOCK_D),)
+    # a head in one part is all tail.
+    KEY_R: tl.constexpr = R if QUERY == "halves" else 0
+    KEY_TAIL: tl.constexpr = 0 if QUERY == "halves" else D
     low, whole_start, whole_end, high = key_blocks(
         first, queries, start, end, shift, window, IS_CAUSAL, BLOCK_L, BLOCK_S
     )
@@ -211,19 +233,19 @@ def attention_fwd_kernel(
             seen = is_visible(offs_l[:, None], slots[None, :], start, end, shift, window, IS_CAUSAL)
             state = attend(
                 *(state, query, k, v, at, k_row + slots, h // group, seen, slots < high, scale),
-                *(D, KEY_R, KEY_TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, KEY_BLOCK_T),
+                *(D, KEY_R, KEY_TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, BLOCK_D),
             )
     for slot in range(whole_start, whole_end, BLOCK_S):
         state = attend(
             *(state, query, k, v, at, k_row + slot + offs_s, h // group, None, None, scale),
-            *(D, KEY_R, KEY_TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, KEY_BLOCK_T),
+            *(D, KEY_R, KEY_TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, BLOCK_D),
         )
     for slot in range(whole_end, high, BLOCK_S):
         slots = slot + offs_s
         seen = is_visible(offs_l[:, None], slots[None, :], start, end, shift, window, IS_CAUSAL)
         state = attend(
             *(state, query, k, v, at, k_row + slots, h // group, seen, slots < high, scale),
-            *(D, KEY_R, KEY_TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, KEY_BLOCK_T),
+            *(D, KEY_R, KEY_TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, BLOCK_D),
         )
 
     weighted, total, largest = state
@@ -234,36 +256,29 @@ def attention_fwd_kernel(
     tl.store(lse_ptr + (at * tl.num_programs(1) + h) * L + rows_l, lse, mask=mask_l)
 
 
-TILES = {
-    "mma": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2), 512: (32, 32, 4, 2)},
-    "wgmma": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2), 512: (64, 32, 4, 2)},
-    "fp32": {64: (64, 32, 8, 1), 128: (64, 16, 8, 1), 256: (32, 16, 8, 1), 512: (16, 16, 8, 1)},
-}
-# slots by heads in a program of the pass over k.
-KEYS_TILE = {"BLOCK_L": 16, "BLOCK_H": 8, "num_warps": 4}
+def forward_config(q: torch.Tensor, pairs: int, softcap: float | None) -> dict[str, int | str]:
+    """Constexprs, warps and stages, among them how q' comes into the loop.
 
-
-def forward_config(q: torch.Tensor, pairs: int, softcap: float | None) -> dict[str, int | bool]:
-    """Constexprs, warps and stages, among them whether heads that are rotated whole are one part again in products.
-
-    One product from shared memory is less work than two: 597 against 647 instructions in the loop on sm_100. From
-    registers it is more, since joining moves them around in every trip: 778 against 482 on sm_80 (counted, D 128).
+    Counted instructions of the loop with q' in halves, joined and stored, D 128: 482, 778, 487 on sm_80; 647, 597, 597
+    on sm_100. On sm_90 563 joined and 569 stored, but for D 256 544 and 512.
     """
-    config = launch_config(TILES, q, pairs)
-    is_wgmma = product_kind(q) == "wgmma"
-    joins = is_wgmma and config["TAIL"] == 0 and config["R"] == config["BLOCK_R"]
-    if is_wgmma and (softcap is not None or (pairs > 0 and not joins)):
-        # on sm_100 several products of 128 columns exceed the tensor memory, where Triton 3.7 compiles a kernel that
-        # traps, and the tanh beside them spills.
+    config = launch_config(ATTENTION_FWD, q, 0) | head_constants(q.shape[3], pairs)
+    reads_shared = architecture_of(q) in READS_SHARED and dtype_kind(q) == "half"
+    if reads_shared and softcap is not None:
+        # the tanh beside so many products spills.
         config["BLOCK_S"] = min(config["BLOCK_S"], 64)
-    return {**config, "JOIN_HALVES": joins}
+    query = "stored"
+    if config["TAIL"] == 0 and config["R"] == config["BLOCK_R"] and dtype_kind(q) == "half":
+        query = "halves" if not reads_shared else "joined" if config["BLOCK_D"] <= 128 else "stored"
+    return {**config, "QUERY": query}
 
 
 def launch_attention_fwd_keys(k: torch.Tensor, k_rotated: torch.Tensor, tables: Tables, tokens: Tokens, L: int) -> None:
     """Rotate the valid slots of k [B, S, G, D] into k_rotated; L is the row length of q, for default positions."""
     T, C, _, R = tables.coarse.shape
     tile = tables.fine.shape[1]
-    grid = (tile_count(tokens.cu_seqlens_k, k.shape[0], k.shape[1], KEYS_TILE["BLOCK_L"]),)
+    keys_tile = find_entry(ATTENTION_FWD_KEYS, k, k.shape[1])
+    grid = (tile_count(tokens.cu_seqlens_k, k.shape[0], k.shape[1], keys_tile.block_l),)
     with torch.cuda.device_of(k):
         attention_fwd_keys_kernel[grid](
             *(Operand.of(k), k_rotated, strides(k_rotated, 3), TableOperand.of(tables)),
@@ -272,7 +287,7 @@ def launch_attention_fwd_keys(k: torch.Tensor, k_rotated: torch.Tensor, tables: 
             TAIL=k.shape[3] - 2 * R,
             TILE=tile,
             BLOCK_R=triton.next_power_of_2(R),
-            **KEYS_TILE,
+            **constants_of(keys_tile),
         )
 
 
@@ -297,6 +312,8 @@ def launch_attention_fwd(
     with torch.cuda.device_of(q):
         config = forward_config(q, R if rotate_q else 0, rule.softcap)
         grid = (tile_count(tokens.cu_seqlens_q, q.shape[0], q.shape[1], config["BLOCK_L"]), q.shape[2])
+        if rotate_q and q_rotated is None and config["QUERY"] == "stored":
+            q_rotated = out
         attention_fwd_kernel[grid](
             *(Operand.of(q), Operand.of(k), Operand.of(v), TableOperand.of(tables), Operand.of(q_rotated)),
             *(Operand.of(out), lse, *token_arguments(tokens), q.shape[1], k.shape[1]),

@@ -1,13 +1,13 @@
 """What the launchers of attention's forward and backward kernels have in common, on the host."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 from clex_kernels.attention_terms import Rule, Tables, Tokens
 from clex_kernels.kernels.common import strides
+from clex_kernels.kernels.launch_tables import Table, Tile, constants_of, find_entry
 
 
 class Operand(NamedTuple):
@@ -48,36 +48,13 @@ def head_constants(dims: int, pairs: int) -> dict[str, int]:
     return {"D": dims, "R": pairs, "TAIL": tail, "BLOCK_D": block_d, "BLOCK_R": block_r, "BLOCK_T": block_t}
 
 
-def launch_config(tiles: dict[str, dict[int, tuple[int, ...]]], q: torch.Tensor, pairs: int) -> dict[str, int]:
-    """Constexprs, warps and stages for q [B, L, H, D] of which `pairs` are rotated.
-
-    tiles has (BLOCK_L, BLOCK_S, warps, stages) by kind of product and the most columns of a head that they serve.
-    """
+def launch_config(table: Table[Tile], q: torch.Tensor, pairs: int) -> dict[str, int]:
+    """Constexprs, warps and stages for q [B, L, H, D] of which `pairs` are rotated, from the table."""
     head = head_constants(q.shape[3], pairs)
     # parts are padded one by one: NeoX-20B's D = 96 with 12 pairs is 16 + 16 + 128 columns.
     in_parts = head["BLOCK_T"] * (head["TAIL"] > 0) + 2 * head["BLOCK_R"] * (pairs > 0)
     columns = max(head["BLOCK_D"], in_parts)
-    block_l, block_s, warps, stages = next(tile for most, tile in tiles[product_kind(q)].items() if columns <= most)
-    return {**head, "BLOCK_L": block_l, "BLOCK_S": block_s, "num_warps": warps, "num_stages": stages}
-
-
-def product_kind(q: torch.Tensor) -> Literal["fp32", "mma", "wgmma"]:
-    """How a GPU multiplies tiles of q: on plain cores, from registers, or from shared memory and with much of it."""
-    if q.element_size() > 2:
-        return "fp32"
-    target = target_of(q)
-    return "wgmma" if target is not None and target.arch in (90, 100, 103) else "mma"
-
-
-def is_hip(q: torch.Tensor) -> bool:
-    """Whether q is on an AMD GPU."""
-    target = target_of(q)
-    return target is not None and target.backend == "hip"
-
-
-def target_of(q: torch.Tensor) -> GPUTarget | None:
-    """The GPU that q's kernels are compiled for; None for the interpreter's tensors, which have none."""
-    return None if q.device.type == "cpu" else triton.runtime.driver.active.get_current_target()
+    return {**head, **constants_of(find_entry(table, q, columns))}
 
 
 def rule_constants(rule: Rule) -> dict[str, float | bool | None]:

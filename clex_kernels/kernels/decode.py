@@ -4,8 +4,8 @@
 
 Rows of a program are those of the L * H / G query rows that read one key head. They stay in fp32 and are turned once
 per tile of 64 slots. The fine rows are the same for every tile and stay in registers: the loop reads K, V and one
-coarse row, and computes no sine. Where registers are short a step takes part of a tile: the same few fine rows serve
-all parts, and the row of the part's first slot, coarse[c] * fine[j], takes the coarse row's place.
+coarse row a tile, and computes no sine. Where registers are short a step takes part of a tile: the same few fine rows
+serve all parts, and the coarse row is turned on by a part's length from each part to the next.
 
 kv_end is known on the device only, so the grid is that of a full cache, and programs past the last range of their
 sequence return at once.
@@ -13,6 +13,8 @@ sequence return at once.
 Grid: a program per range of a sequence, and per key head and block of its rows. What it gives: the softmax over its
 range times v [B, G, rows, ranges, D], and the logarithm of the sum of exponentials [B, G, rows, ranges] in base 2.
 """
+
+import math
 
 import torch
 import triton
@@ -23,13 +25,13 @@ from clex_kernels.kernels.attention_launch import (
     NOT_SPECIALIZED,
     Operand,
     TableOperand,
-    is_hip,
     launch_config,
     precision,
     rule_constants,
 )
 from clex_kernels.kernels.common import load_table_index, rotate, strides
 from clex_kernels.kernels.decode_combine import SLOTS, launch_decode_combine, most_ranges, most_splits, split_keys
+from clex_kernels.kernels.launch_tables import DECODE, architecture_of
 from clex_kernels.kernels.parts import cast_parts, dot_parts, load_columns, load_parts, rotate_parts, store_columns
 from clex_kernels.kernels.sequences import (
     cap,
@@ -101,31 +103,78 @@ def load_cosines_and_sines(ptrs, offs_r, R: tl.constexpr, BLOCK_R: tl.constexpr)
 
 
 @triton.jit
-def locate(
-    block_table,
-    row_stride,
-    page_stride,
-    pages,
-    at,
-    slot,
-    slots,
-    missing,
-    PAGE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """Where slots of row `at` of the batch lie, in the block from `slot` on: row of the batch or page, and row in it.
+def load_fine(fine_ptr, stride, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Fine rows [BLOCK_S, BLOCK_R] of a block, and that from one block of a tile to the next, where it has several."""
+    offs_s, offs_r = tl.arange(0, BLOCK_S)[:, None], tl.arange(0, BLOCK_R)
+    rows = load_cosines_and_sines(fine_ptr + offs_s * stride + offs_r[None, :], offs_r[None, :], R, BLOCK_R)
+    next_ptrs = fine_ptr + (BLOCK_S if BLOCK_S < SLOTS else 0) * stride + offs_r
+    return rows, load_cosines_and_sines(next_ptrs, offs_r, R, BLOCK_R)
 
-    Also `missing` with what pages there are not, in whose place the first or the last is read.
+
+@triton.jit
+def load_row(previous, step, coarse_ptr, stride, slot, num_rows, R: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Row of the first slot of a block: the table's for a tile's first block, then the previous block's turned on."""
+    BLOCK_R: tl.constexpr = previous[0].shape[0]
+    offs_r = tl.arange(0, BLOCK_R)
+    # who sees a key past the table is NaN already.
+    tile = (tl.minimum(slot, num_rows - 1) // SLOTS).to(tl.int64)
+    row_ptrs = coarse_ptr + tile * stride + offs_r
+    if BLOCK_S == SLOTS:
+        return load_cosines_and_sines(row_ptrs, offs_r, R, BLOCK_R)
+    else:
+        # a branch would keep the row from being loaded steps ahead like the keys, a mask does not.
+        mask = (slot % SLOTS == 0) & (offs_r < R)
+        first_cos, first_sin = tl.load(row_ptrs, mask=mask, other=0.0), tl.load(row_ptrs + R, mask=mask, other=0.0)
+        cos, sin = rotate(previous[0], previous[1], step[0], step[1])
+        # and no tl.where: sm_100 multiplies two numbers at once, a step at D 256 is 431 instructions and not 452.
+        goes_on = (slot % SLOTS != 0).to(cos.dtype)
+        return first_cos + goes_on * cos, first_sin + goes_on * sin
+
+
+@triton.jit
+def are_seen(slots, positions, low, window, HAS_LOW: tl.constexpr):
+    """Which of the slots before the end are seen from where."""
+    seen = slots <= positions
+    if HAS_LOW:
+        seen = seen & (slots >= low)
+    if window is not None:
+        seen = seen & (slots > positions - window)
+    return seen
+
+
+@triton.jit
+def clamp_slots(slots, low, end, HAS_LOW: tl.constexpr):
+    """The live slots nearest to slots: dead ones, and their pages, may hold anything."""
+    slots = tl.minimum(slots, end - 1)
+    return tl.maximum(slots, low) if HAS_LOW else slots
+
+
+@triton.jit
+def locate(block_table, page_stride, pages, at, runs, slots, PAGE: tl.constexpr, RUN: tl.constexpr):
+    """Where live slots lie: row of the batch or page, and row in it. `runs` has one slot of each RUN that share a page.
+
+    In place of a page there is not, the first or the last is read.
     """
     if block_table is None:
-        return at, slots, missing
+        return at, slots
     else:
-        # a block lies in one page, or each slot looks up its own.
-        looked_up = slot if PAGE % BLOCK_S == 0 else slots
-        page = tl.load(block_table + at * row_stride + looked_up // PAGE * page_stride)
-        inside = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
-        missing = missing | (inside != page)
-        return inside if PAGE % BLOCK_S == 0 else inside[:, None], slots % PAGE, missing
+        page = tl.load(block_table + runs // PAGE * page_stride)
+        page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
+        BLOCK: tl.constexpr = slots.shape[0]
+        if BLOCK > RUN:
+            page = tl.reshape(tl.broadcast_to(page[:, None], (BLOCK // RUN, RUN)), (BLOCK, 1))
+        return page, slots % PAGE
+
+
+@triton.jit
+def has_pages(block_table, page_stride, pages, low, end, PAGE: tl.constexpr):
+    """Whether there is a page for every slot of [low, end)."""
+    last = (end - 1) // PAGE
+    is_there = tl.arange(0, 64) >= 0
+    for first in range(low // PAGE, last + 1, 64):
+        page = tl.load(block_table + tl.minimum(first + tl.arange(0, 64), last) * page_stride)
+        is_there = is_there & (page >= 0) & (page < pages)
+    return tl.min(is_there.to(tl.int32), axis=0) > 0
 
 
 @triton.jit
@@ -133,16 +182,12 @@ def add_keys(
     state,
     query,
     fine,
-    table,
-    coarse_ptr,
-    fine_ptr,
-    num_rows,
+    row,
     k,
     v,
     page,
     rows,
     key_head,
-    slot,
     seen,
     scale,
     ROTATE_K: tl.constexpr,
@@ -151,27 +196,18 @@ def add_keys(
     TAIL: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The block of keys from `slot` on added to the state: out not yet divided, exponentials [BLOCK_L, BLOCK_S] not yet
-    summed over slots, which would take two barriers a block, and the largest logits in base 2.
+    """A block of keys, `row` that of its first slot, added to the state: out not yet divided, exponentials [BLOCK_L,
+    BLOCK_S] not yet summed over slots, which would take two barriers a block, and the largest logits in base 2.
     """
     out, total, largest = state
     dtype: tl.constexpr = v.ptr.dtype.element_ty
     keys = load_parts(row_pointers(k, page, rows, key_head), None, R, TAIL, BLOCK_R, BLOCK_T)
     if ROTATE_K:
-        offs_r = tl.arange(0, BLOCK_R)
-        # who sees a key past the table is NaN already.
-        tile = (tl.minimum(slot, num_rows - 1) // SLOTS).to(tl.int64)
-        cos, sin = load_cosines_and_sines(coarse_ptr + tile * table.strides[1] + offs_r, offs_r, R, BLOCK_R)
-        if BLOCK_S < SLOTS:
-            row_ptrs = fine_ptr + slot % SLOTS * table.strides[3] + offs_r
-            fine_cos, fine_sin = load_cosines_and_sines(row_ptrs, offs_r, R, BLOCK_R)
-            cos, sin = rotate(cos, sin, fine_cos, fine_sin)
-        query = cast_parts(rotate_parts(query, cos[None, :], -sin[None, :]), dtype)
+        query = cast_parts(rotate_parts(query, row[0][None, :], -row[1][None, :]), dtype)
         keys = cast_parts(rotate_parts(keys, fine[0], fine[1]), dtype)
     logits, log2_scale = cap(dot_parts(query, keys, out.dtype, PRECISION), scale, SOFTCAP)
     logits = tl.where(seen, logits * log2_scale, float("-inf"))
@@ -218,6 +254,7 @@ def decode_kernel(
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
+    RUN: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     TAIL: tl.constexpr,
@@ -253,44 +290,42 @@ def decode_kernel(
     coarse_ptr, fine_ptr = table.coarse + t * table.strides[0], table.fine + t * table.strides[2]
     offs_s = tl.arange(0, BLOCK_S)
     if ROTATE_K:
-        offs_r = tl.arange(0, BLOCK_R)[None, :]
-        fine = load_cosines_and_sines(fine_ptr + offs_s[:, None] * table.strides[3] + offs_r, offs_r, R, BLOCK_R)
+        fine, step = load_fine(fine_ptr, table.strides[3], R, BLOCK_R, BLOCK_S)
+        row = step
     else:
         fine: tl.constexpr = None
+        row: tl.constexpr = None
 
     scale = load_scale(tokens, b, start, end, dtype, SCALE, LOG_BASE, LOG_CLAMPED)
-    missing = b != b if PAGE % BLOCK_S == 0 else offs_s != offs_s
     state = (
         tl.zeros([BLOCK_L, BLOCK_D], dtype),
         tl.zeros([BLOCK_L, BLOCK_S], dtype),
         # less than any logit, but minus infinity less itself would not be a number.
         tl.full([BLOCK_L], -1e30, dtype),
     )
-    first_slot = tl.maximum(first * SLOTS, low // BLOCK_S * BLOCK_S)
-    for i in range(tl.cdiv(tl.minimum(last * SLOTS, end) - first_slot, BLOCK_S)):
+    if block_table is not None:
+        block_table += at * row_stride
+    HAS_LOW: tl.constexpr = tokens.kv_start is not None or window is not None
+    first_slot, end_slot = first * SLOTS, tl.minimum(last * SLOTS, end)
+    for i in range(tl.cdiv(end_slot - first_slot, BLOCK_S)):
         slot = first_slot + i * BLOCK_S
         slots = slot + offs_s
-        seen = slots[None, :] <= (shift + offs_l)[:, None]
-        # dead slots and pages may hold anything: live ones are read in their place.
-        live = tl.minimum(slots, end - 1)
-        if tokens.kv_start is not None or window is not None:
-            seen = seen & (slots >= low)[None, :]
-            live = tl.maximum(live, low)
-        if window is not None:
-            seen = seen & (slots[None, :] > (shift + offs_l - window)[:, None])
-        page, rows, missing = locate(
-            *(block_table, row_stride, page_stride, pages, at, slot, live, missing, PAGE, BLOCK_S)
-        )
+        seen = are_seen(slots[None, :], (shift + offs_l)[:, None], low, window, HAS_LOW)
+        runs = slot if RUN == BLOCK_S else slot + tl.arange(0, BLOCK_S // RUN) * RUN
+        runs, live = clamp_slots(runs, low, end, HAS_LOW), clamp_slots(slots, low, end, HAS_LOW)
+        page, rows = locate(block_table, page_stride, pages, at, runs, live, PAGE, RUN)
+        if ROTATE_K:
+            row = load_row(row, step, coarse_ptr, table.strides[1], slot, num_rows, R, BLOCK_S)
         state = add_keys(
-            *(state, query, fine, table, coarse_ptr, fine_ptr, num_rows, k, v, page, rows, key_head, slot, seen, scale),
-            *(ROTATE_K, D, R, TAIL, SOFTCAP, PRECISION, BLOCK_S, BLOCK_D, BLOCK_R, BLOCK_T),
+            *(state, query, fine, row, k, v, page, rows, key_head, seen, scale),
+            *(ROTATE_K, D, R, TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, BLOCK_T),
         )
 
     weighted, exponentials, largest = state
     total = tl.sum(exponentials, axis=1)
     if block_table is not None:
-        is_missing = missing if PAGE % BLOCK_S == 0 else tl.max(missing.to(tl.int32), axis=0) > 0
-        total = tl.where(is_missing, float("nan"), total)
+        is_there = has_pages(block_table, page_stride, pages, tl.maximum(first_slot, low), end_slot, PAGE)
+        total = tl.where(is_there, total, float("nan"))
     is_empty = total == 0.0
     total = tl.where(is_empty, 1.0, total)
     results = ((at * tl.num_programs(1) // blocks + key_head) * L * GROUP + rows_l) * ranges + split
@@ -298,28 +333,21 @@ def decode_kernel(
     tl.store(partial_lse_ptr + results, tl.where(is_empty, float("-inf"), largest + tl.log2(total)), mask=mask_l)
 
 
-# the most rows of a block, slots of a step of the loop, warps and stages, of which fewer than three would leave nothing
-# loading during a step.
-TILES = {
-    "mma": {128: (32, 64, 4, 3), 192: (32, 64, 4, 3), 256: (16, 32, 8, 3), 512: (16, 32, 8, 3)},
-    "fp32": {64: (16, 32, 4, 3), 128: (16, 32, 4, 3), 256: (16, 16, 8, 2), 512: (16, 16, 8, 2)},
-}
-TILES["wgmma"] = TILES["mma"]
-
-
 def decode_config(q: torch.Tensor, group: int, page: int, pairs: int) -> dict[str, int]:
     """Constexprs, warps and stages for q [B, L, H, D] whose heads read key heads in groups of `group`."""
-    config = launch_config(TILES, q, pairs)
+    config = launch_config(DECODE, q, pairs)
     config["BLOCK_L"] = min(config["BLOCK_L"], max(16, triton.next_power_of_2(q.shape[1] * group)))
-    if config["BLOCK_L"] > 16 or page % config["BLOCK_S"]:
-        # with 4 warps more rows, or a page for each slot, would spill in the loop.
+    # so many slots from a multiple on lie in one page.
+    config["RUN"] = math.gcd(page, config["BLOCK_S"])
+    if architecture_of(q) == "gfx942":
+        # its warps are twice as wide, and its loop loads to registers.
+        return config
+    if config["BLOCK_L"] > 16:
+        # more rows would spill in the loop of 4 warps.
         config["num_warps"] = 8
     if page > 0:
         # half of the stages go to finding the page.
         config["num_stages"] = 2 * config["num_stages"] - 1
-    if is_hip(q):
-        # its warps are twice as wide, and its loop loads to registers.
-        config |= {"num_warps": 4, "num_stages": 2}
     return config
 
 

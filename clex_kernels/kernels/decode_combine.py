@@ -15,6 +15,7 @@ import triton.language as tl
 
 from clex_kernels.attention_terms import Tokens
 from clex_kernels.kernels.attention_launch import NOT_SPECIALIZED, Operand
+from clex_kernels.kernels.launch_tables import DECODE_COMBINE, constants_of, find_entry
 from clex_kernels.kernels.parts import store_columns
 from clex_kernels.kernels.sequences import LOG2_E, load_sequence, row_pointers
 
@@ -84,9 +85,6 @@ def decode_combine_kernel(
         tl.store(lse_ptr + (at * heads + h) * L + token, lse)
 
 
-COMBINE_TILE = {"BLOCK_N": 16, "num_warps": 4}
-
-
 def most_splits(groups: int, rows: int) -> int:
     """Ranges that a long sequence is split into, for G key heads that `rows` query rows each read.
 
@@ -121,5 +119,5 @@ def launch_decode_combine(
         GROUP=H // partials.shape[1],
         D=D,
         BLOCK_D=triton.next_power_of_2(D),
-        **COMBINE_TILE,
+        **constants_of(find_entry(DECODE_COMBINE, partials, D)),
     )

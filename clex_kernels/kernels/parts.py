@@ -40,9 +40,10 @@ def load_parts(ptrs, mask, R: tl.constexpr, TAIL: tl.constexpr, BLOCK_R: tl.cons
 
 @triton.jit
 def store_columns(ptrs, x, mask, SIZE: tl.constexpr):
-    """The first SIZE columns of x [rows, BLOCK] to ptrs [rows, 1], where mask [rows]."""
+    """The first SIZE columns of x [rows, BLOCK] to ptrs [rows, 1], where mask [rows] (None: everywhere)."""
     offs = tl.arange(0, x.shape[1])[None, :]
-    tl.store(ptrs + offs, x.to(ptrs.dtype.element_ty), mask=mask[:, None] & (offs < SIZE))
+    kept = offs < SIZE if mask is None else mask[:, None] & (offs < SIZE)
+    tl.store(ptrs + offs, x.to(ptrs.dtype.element_ty), mask=kept)
 
 
 @triton.jit

@@ -27,8 +27,9 @@ import triton
 import triton.language as tl
 
 from clex_kernels.attention_terms import Tables
-from clex_kernels.kernels.attention_launch import Operand, is_hip, precision, product_kind
+from clex_kernels.kernels.attention_launch import Operand, precision
 from clex_kernels.kernels.common import load_cos_sin_at, load_rows, load_table_index, rotate, strides
+from clex_kernels.kernels.launch_tables import QKV_ROTARY, constants_of, find_entry
 
 
 @triton.jit
@@ -226,45 +227,12 @@ def qkv_rotary_kernel(
         store_pairs(y_ptr, y_strides, y0, y1, b, offs_l, mask_m, pair, heads, R, D)
 
 
-# by the most rows M: BLOCK_M, BLOCK_N, BLOCK_C, GROUP_M, warps and stages. Few rows take narrow tiles, such that 6144
-# columns make work for 132 multiprocessors, and long stretches of C, such that much of W is on its way.
-MANY = 1 << 31
-TILES = {
-    "mma": {
-        16: (16, 32, 256, 1, 4, 4),
-        64: (64, 32, 128, 1, 4, 4),
-        512: (64, 128, 64, 8, 4, 3),
-        # two programs share a multiprocessor, one's epilogue beside the other's loop.
-        MANY: (128, 128, 32, 8, 4, 4),
-    },
-    "wgmma": {
-        16: (16, 32, 256, 1, 4, 4),
-        64: (64, 32, 128, 1, 4, 4),
-        512: (64, 128, 64, 8, 4, 4),
-        MANY: (128, 256, 64, 8, 8, 3),
-    },
-    "fp32": {16: (16, 32, 64, 1, 4, 3), 64: (64, 32, 32, 1, 4, 3), MANY: (128, 64, 16, 8, 8, 4)},
-}
-
-
 def launch_config(x: torch.Tensor, dims: int) -> dict[str, int]:
     """Constexprs, warps and stages for x [B, L, C] and heads of D = dims columns."""
-    rows, half = x.shape[0] * x.shape[1], (dims + 1) // 2
-    block_m, block_n, block_c, group_m, warps, stages = next(
-        tile for most, tile in TILES[product_kind(x)].items() if rows <= most
-    )
+    tile, half = find_entry(QKV_ROTARY, x, x.shape[0] * x.shape[1]), (dims + 1) // 2
     # of a part of the tile; with whole heads in it, one load of angles serves them all.
-    pairs = min(block_n, 32) // 2
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_C": block_c,
-        "SPAN": half if pairs % half == 0 else pairs,
-        "GROUP_M": group_m,
-        "num_warps": warps,
-        # its loop loads to registers.
-        "num_stages": 2 if is_hip(x) else stages,
-    }
+    pairs = min(tile.block_n, 32) // 2
+    return {**constants_of(tile), "SPAN": half if pairs % half == 0 else pairs}
 
 
 def launch_qkv_rotary(

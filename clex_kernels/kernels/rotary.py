@@ -13,13 +13,12 @@ the product with p and all sums over tokens are fp64, one product per token and 
 per pair; the launcher adds these in a fixed order.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from clex_kernels.kernels.common import load_cos_sin, load_rows, load_table_index, rotate, strides
+from clex_kernels.kernels.launch_tables import ROTARY, ROTARY_BWD, StreamTile, Table, find_entry
 
 
 @triton.jit
@@ -259,39 +258,28 @@ def rotary_bwd_kernel(
     tl.store(partials_ptrs, partials, mask=offs_r < R)
 
 
-class Tokens(NamedTuple):
-    """Tokens per program of sequences up to SHORT_LENGTH, which would leave a GPU idle, and of longer ones."""
-
-    short: int
-    long: int
-
-
-SHORT_LENGTH = 64
-TOKENS = {"rotary": Tokens(1, 4), "rotary_bwd": Tokens(1, 16)}
-# of one half of the pairs: two 16-byte accesses per thread of 4 warps.
-TILE_BYTES = 4096
-
-
-def launch_config(stem: str, x: torch.Tensor, k: torch.Tensor | None, pairs: int, in_place: bool) -> dict[str, int]:
+def launch_config(
+    table: Table[StreamTile], x: torch.Tensor, k: torch.Tensor | None, pairs: int, in_place: bool
+) -> dict[str, int]:
     """Constexprs and warps for x [B, L, H, D] and k [B, L, G, D] or None.
 
     In place a tile is one warp's or has an element for every thread: warps that shared an element would race.
     """
-    length, heads = x.shape[1], x.shape[2] if k is None else max(x.shape[2], k.shape[2])
+    tile = find_entry(table, x, x.shape[1])
+    heads = x.shape[2] if k is None else max(x.shape[2], k.shape[2])
     tail = 0 if in_place else x.shape[3] - 2 * pairs
-    tokens = TOKENS[stem].short if length <= SHORT_LENGTH else TOKENS[stem].long
     block_r = triton.next_power_of_2(pairs)
     # a tail is moved like two halves, all at once.
-    token_bytes = tokens * max(block_r, triton.next_power_of_2(tail) // 2) * x.element_size()
-    block_h = min(triton.next_power_of_2(heads), max(1, TILE_BYTES // token_bytes))
+    token_bytes = tile.tokens * max(block_r, triton.next_power_of_2(tail) // 2) * x.element_size()
+    block_h = min(triton.next_power_of_2(heads), max(1, tile.tile_bytes // token_bytes))
     return {
         "R": pairs,
         "TAIL": tail,
-        "BLOCK_L": tokens,
+        "BLOCK_L": tile.tokens,
         "BLOCK_H": block_h,
         "BLOCK_R": block_r,
         # 16 warps of AMD's 64 threads are the most that a block takes.
-        "num_warps": min(16, max(1, 4 * block_h * token_bytes // TILE_BYTES)),
+        "num_warps": min(16, max(1, tile.num_warps * block_h * token_bytes // tile.tile_bytes)),
     }
 
 
@@ -314,7 +302,7 @@ def launch_rotary(
     """
     if q.numel() == 0 and (k is None or k.numel() == 0):
         return
-    config = launch_config("rotary", q, k, coarse.shape[3], q_out is q and k_out is k)
+    config = launch_config(ROTARY, q, k, coarse.shape[3], q_out is q and k_out is k)
     with torch.cuda.device_of(q):
         rotary_kernel[q.shape[0] * triton.cdiv(q.shape[1], config["BLOCK_L"]),](
             *(q, k, coarse, fine, index, position_ids, q_out, k_out),
@@ -350,7 +338,7 @@ def launch_rotary_bwd(
     batch, length, pairs = dq_out.shape[0], dq_out.shape[1], coarse.shape[3]
     if dq_out.numel() == 0 and (dk_out is None or dk_out.numel() == 0):
         return torch.zeros(batch, pairs, dtype=torch.float64, device=dq_out.device)
-    config = launch_config("rotary_bwd", dq_out, dk_out, pairs, dq is dq_out and dk is dk_out)
+    config = launch_config(ROTARY_BWD, dq_out, dk_out, pairs, dq is dq_out and dk is dk_out)
     chunks = triton.cdiv(length, config["BLOCK_L"])
     partials = torch.empty(batch, chunks, pairs, dtype=torch.float64, device=dq_out.device)
     with torch.cuda.device_of(dq_out):

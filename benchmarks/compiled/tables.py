@@ -1,0 +1,208 @@
+"""The static figures as Markdown."""
+
+from collections.abc import Iterable
+
+from benchmarks.compiled.cases import CASES
+from benchmarks.compiled.counts import Counts
+from benchmarks.compiled.document import REPORTED, Static
+from benchmarks.compiled.hardware import HARDWARE
+from benchmarks.compiled.model import Model, model
+from benchmarks.compiled.overhead import Overhead, loop_goals, overhead_of, overheads, prefill_call, projection_call
+from benchmarks.compiled.peers import PEERS
+from benchmarks.compiled.sass import CLASSES
+from benchmarks.compiled.traffic_figures import Figure, goals
+from benchmarks.measure import Goal
+from benchmarks.summary import markdown_table, number
+
+# what the overview compares: ours, then the pattern of the tutorials.
+COMPARED = {
+    "prefill, D 64": "attention_fwd-bfloat16-D64-R32",
+    "prefill, D 80, 32 of them rotated": "attention_fwd-bfloat16-D80-R16",
+    "prefill, D 128": "attention_fwd-bfloat16-D128-R64",
+    "prefill, D 256": "attention_fwd-bfloat16-D256-R128",
+    "attention backward, dq": "attention_bwd_dq-bfloat16-D128-R64",
+    "attention backward, dk and dv": "attention_bwd_dkv-bfloat16-D128-R64",
+    "decode over raw keys": "decode-bfloat16-D128-R64",
+    "QKV projection, 8192 rows": "qkv_rotary-bfloat16-D128-R64-rows8192",
+    "QKV projection, 16 rows": "qkv_rotary-bfloat16-D128-R64-rows16",
+    "tutorials' way: rotary in the loop over keys": "tutorial-attention-causal-float32-tables",
+}
+ABOUT = """\
+Nothing here was measured: no kernel of this table has run. *Counted* figures are read from the kernels as they compile
+ahead of time for a target: registers and spills from ptxas, instructions of the main loop from the SASS. The main loop
+is the one that does the work; of attention that of keys which every query sees. *Modelled* figures say how many clocks
+a trip through it keeps the busiest pipe of a multiprocessor busy, and what the result itself would: its multiply-adds
+on tensor cores (fp32: on the fp32 pipe) or its bytes from memory. Latency, barriers, bank conflicts and what tensor
+cores fetch from shared memory by themselves are not modelled: a model's figure is a bound, not a forecast."""
+BYTES_ABOUT = """\
+Bytes that one call moves, *counted* from the addresses of every load and store as the kernel runs in Triton's
+interpreter. Memory delivers each 32-byte sector once in a call, if L2 holds what programs share; requested is what
+multiprocessors ask of L2, each distinct byte once a program."""
+
+
+def model_of(static: Static, target: str, name: str) -> Model | None:
+    """None for kernels without a loop, or of which no work is known."""
+    case = CASES[name] if name in CASES else PEERS[name].case
+    counts = static.of(target, name)
+    if case.work is None or counts.main_loop is None:
+        return None
+    return model(counts, case.work(counts.constants), case.itemsize, target)
+
+
+def sign(extra: int) -> str:
+    return f"{extra:+d}" if extra else "0"
+
+
+def overview(static: Static) -> str:
+    """Instructions that rotary adds to a loop, by target, and the modelled time of a trip over that without."""
+    rows = []
+    for label, name in COMPARED.items():
+        found = {overhead.target: overhead for overhead in overheads(static, [name])}
+        rows.append([label, *(overview_cell(found[target]) for target in HARDWARE)])
+    for label, call in (
+        ("whole prefill of 4096 tokens, with the pass over k: instructions", prefill_call),
+        ("whole block of the QKV projection: instructions", projection_call),
+    ):
+        rows.append([label, *(number(call(static, target), "x") for target in HARDWARE)])
+    return markdown_table(["kernel, bf16", *HARDWARE], rows)
+
+
+def overview_cell(overhead: Overhead) -> str:
+    return f"{sign(overhead.extra)} of {overhead.instructions[1]} ({number(overhead.time, 'x')})"
+
+
+def configuration_table(static: Static, target: str) -> str:
+    """Every configuration on one target."""
+    header = ["configuration", "warps", "registers", "spilled bytes", "shared KB", "blocks held (limit)", "occupancy"]
+    shown = [name for name in CLASSES if name not in ("fp64", "spill")]
+    header += ["loop", *shown, "added by rotary", "busiest pipe", "over the floor"]
+    rows = []
+    for name in REPORTED:
+        counts, found, overhead = static.of(target, name), model_of(static, target, name), None
+        if found:
+            overhead = overhead_of(static, target, name)
+        rows.append([*resources(counts), *loop_cells(counts, found, shown, overhead)])
+    return markdown_table(header, [[*row[:5], *row[5:]] for row in rows])
+
+
+def resources(counts: Counts) -> list[str]:
+    shared = f"{counts.shared_bytes / 1024:.3g}"
+    return [counts.name, str(counts.warps), str(counts.registers), str(counts.spill_bytes), shared]
+
+
+def loop_cells(counts: Counts, found: Model | None, shown: list[str], overhead: Overhead | None) -> list[str]:
+    loop = counts.main_loop
+    if loop is None or found is None:
+        return ["-"] * (len(shown) + 6)
+    held = found.occupancy
+    return [
+        f"{held.blocks} ({held.limit})",
+        f"{100 * held.share:.0f} %",
+        str(loop.instructions),
+        *(str(loop.classes.get(name, 0)) for name in shown),
+        sign(overhead.extra) if overhead else "-",
+        found.bound,
+        f"{number(found.over_floor, 'x')} ({found.floor})",
+    ]
+
+
+def bare_table(static: Static, target: str) -> str:
+    """What is known of a target whose code is not read."""
+    rows = [resources(counts) for counts in static.counts[target].values()]
+    return markdown_table(["configuration", "waves", "VGPRs", "spilled bytes", "LDS KB"], rows)
+
+
+def peer_table(static: Static) -> str:
+    """Peers beside the configuration of ours that does the same, on every target with SASS."""
+    rows = []
+    for name, peer in PEERS.items():
+        for target in HARDWARE:
+            theirs, ours = static.of(target, name), static.of(target, peer.ours)
+            overhead = overhead_of(static, target, name), overhead_of(static, target, peer.ours)
+            rows.append(
+                [
+                    *(name, peer.ours, target),
+                    *(f"{getattr(theirs, field)} / {getattr(ours, field)}" for field in ("registers", "spill_bytes")),
+                    f"{theirs.instructions} / {ours.instructions}",
+                    " / ".join(str(c.main_loop.instructions) if c.main_loop else "-" for c in (theirs, ours)),
+                    " / ".join(sign(o.extra) if o else "-" for o in overhead),
+                    " / ".join(number(o.time, "x") if o else "-" for o in overhead),
+                ]
+            )
+    header = ["peer", "ours", "target", "registers, theirs / ours", "spilled bytes", "instructions", "loop"]
+    return markdown_table([*header, "added by rotary", "modelled trip over that without"], rows)
+
+
+def bytes_table(figures: Iterable[Figure]) -> str:
+    rows = [
+        [
+            *(figure.name, figure.unit, f"{figure.floor:.4g}"),
+            *(f"{value:.4g}" for value in (figure.total.memory, figure.total.requested)),
+            number(figure.total.memory / figure.floor, "x"),
+            ", ".join(f"{part} {moved.memory:.3g}" for part, moved in figure.parts.items()),
+        ]
+        for figure in figures
+    ]
+    header = ["call", "bytes for each", "floor", "memory", "requested of L2", "memory over the floor"]
+    return markdown_table([*header, "of these"], rows)
+
+
+def assumption_table() -> str:
+    columns = {target: gpu.assumptions() for target, gpu in HARDWARE.items()}
+    names = list(next(iter(columns.values())))
+    return markdown_table(
+        ["assumed", *columns], [[name, *(column[name] for column in columns.values())] for name in names]
+    )
+
+
+def all_goals(static: Static) -> list[Goal]:
+    return [*loop_goals(static), *goals(static.traffic)]
+
+
+def goal_table(found: Iterable[Goal]) -> str:
+    rows = [
+        [
+            goal.what,
+            f"{goal.sense} {goal.bound:,g}{goal.unit}",
+            f"{goal.found:,.4g}{goal.unit}",
+            goal.label,
+            "met" if goal.met else "**missed**",
+        ]
+        for goal in found
+    ]
+    return markdown_table(["figure", "goal", "found", "label", "goal met"], rows)
+
+
+def summary_parts(static: Static) -> list[str]:
+    """What every report shows."""
+    found = all_goals(static)
+    missed = [goal for goal in found if not goal.met]
+    parts = [
+        ABOUT,
+        "Instructions that rotary adds to a trip of the main loop, of those without it, *counted*, and in brackets the "
+        "*modelled* time of a trip over that without:",
+        overview(static),
+        "![modelled time over the same without rotary](gpu_overhead.png)",
+        "![roofline](gpu_roofline.png)",
+        f"{len(found) - len(missed)} of {len(found)} static goals met.",
+    ]
+    return [*parts, goal_table(missed)] if missed else parts
+
+
+def full_report(static: Static, notes: list[str]) -> str:
+    """Everything, as one page."""
+    parts = [
+        "# What the kernels cost on a GPU, without one",
+        f"Triton {static.triton}.",
+        *notes,
+        *summary_parts(static),
+    ]
+    parts += ["## Goals", goal_table(all_goals(static))]
+    parts += ["## Beside others", "Counted and modelled as ours.", peer_table(static)]
+    parts += ["## Bytes", BYTES_ABOUT, bytes_table(static.traffic)]
+    for target, gpu in HARDWARE.items():
+        parts += [f"## {target}", f"Modelled for {gpu.product}.", configuration_table(static, target)]
+    for target in static.counts.keys() - HARDWARE.keys():
+        parts += [f"## {target}", "Compiled; its code is not read, nothing is modelled.", bare_table(static, target)]
+    parts += ["## What the model assumes", "Rates per clock and multiprocessor.", assumption_table()]
+    return "\n\n".join(parts) + "\n"
