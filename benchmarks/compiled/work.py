@@ -14,6 +14,8 @@ LENGTH, KEYS, COLUMNS = 4096, 32768, 4096
 # query heads by key head.
 GROUP = 4
 
+PRODUCTS = {"attention_fwd_kernel": (2, 0), "attention_bwd_dq_kernel": (3, 2), "attention_bwd_dkv_kernel": (4, 2)}
+
 
 @dataclass(frozen=True)
 class Work:
@@ -35,16 +37,14 @@ def parts(constants: Constants) -> int:
 
 def attention_work(kernel: str, constants: Constants, itemsize: int) -> Work:
     tile, dims, block_d = constants["BLOCK_L"] * constants["BLOCK_S"], constants["D"], constants["BLOCK_D"]
-    count, padded = {
-        "attention_fwd_kernel": (2, 2 * block_d),
-        "attention_bwd_dq_kernel": (3, 2 * parts(constants) + block_d),
-        "attention_bwd_dkv_kernel": (4, 2 * parts(constants) + 2 * block_d),
-    }[kernel]
+    # all, and those over heads in parts; the forward pass has them in one.
+    products, in_parts = PRODUCTS[kernel]
+    padded = (products - in_parts) * block_d + (in_parts * parts(constants) if in_parts else 0)
     # operands of a head: q, out; q, dout, dq; or q, dout by head, and k, v, dk, dv; beside k and v by group.
-    by_head, by_group = {2: (2, 2), 3: (3, 2), 4: (2, 4)}[count]
-    operations = 2 * count * LENGTH * LENGTH * dims
+    by_head, by_group = {2: (2, 2), 3: (3, 2), 4: (2, 4)}[products]
+    operations = 2 * products * LENGTH * LENGTH * dims
     moved = (by_head + by_group / GROUP) * LENGTH * dims * itemsize
-    return Work(count * tile * dims, tile * padded, 0, operations / moved)
+    return Work(products * tile * dims, tile * padded, 0, operations / moved)
 
 
 def decode_work(constants: Constants, itemsize: int, slots: int) -> Work:
