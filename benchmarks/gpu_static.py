@@ -34,6 +34,8 @@ ROOFLINE = {
     "rotary backward with dfreq": ("rotary_bwd-long-bfloat16-D128-R64", "d"),
 }
 
+MARKERS = ("o", "s", "D", "^")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,24 +77,24 @@ def draw(static: Static, out: Path) -> None:
 
 
 def plot_overheads(static: Static, path: Path) -> None:
-    """Modelled time of a trip through a main loop over that without rotary, by target."""
-    figure, axes = plt.subplots(figsize=(9.0, 1.0 + 0.62 * len(tables.COMPARED)))
-    height = 0.8 / len(HARDWARE)
-    for number, (target, gpu) in enumerate(HARDWARE.items()):
-        times = [overheads(static, [name])[number].time for name in tables.COMPARED.values()]
-        rows = np.arange(len(times)) + (number - 1.5) * height
-        peers = [name in PEERS for name in tables.COMPARED.values()]
-        colors = [THEIRS if is_peer else OURS for is_peer in peers]
-        bars = axes.barh(rows, times, height, color=colors, alpha=1.0 - 0.2 * number, label=f"{target}: {gpu.product}")
-        axes.bar_label(bars, [f"{time:.3f}x {target}" for time in times], padding=3, fontsize=7)
-    axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_yticks(range(len(tables.COMPARED)), list(tables.COMPARED), fontsize=8)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set(
-        xlabel="modelled time of a trip through the main loop, over the same without rotary",
-        title="What rotary adds (modelled, nothing ran on a GPU)",
-    )
+    """A trip through a main loop over that without rotary, by target: instructions, and modelled time."""
+    figure, panels = plt.subplots(1, 2, figsize=(11.0, 1.2 + 0.42 * len(tables.COMPARED)), sharey=True)
+    quantities = {"instructions of a trip (counted)": "work", "time of a trip (modelled)": "time"}
+    for axes, (label, quantity) in zip(panels, quantities.items(), strict=True):
+        for row, name in enumerate(tables.COMPARED.values()):
+            found = overheads(static, [name])
+            ratios = [getattr(overhead, quantity) for overhead in found]
+            color = THEIRS if name in PEERS else OURS
+            for place, (ratio, marker) in enumerate(zip(ratios, MARKERS, strict=True)):
+                axes.plot(ratio, row + 0.17 * (place - 1.5), marker, color=color, markersize=5)
+        axes.axvline(1.0, color="black", linewidth=1)
+        axes.set(xlabel=f"{label}, over the same without rotary")
+    panels[0].set_yticks(range(len(tables.COMPARED)), list(tables.COMPARED), fontsize=8)
+    panels[0].invert_yaxis()
+    handles = [plt.Line2D([], [], marker=marker, color=FAINT, linestyle="") for marker in MARKERS]
+    names = [f"{target}: {gpu.product}" for target, gpu in HARDWARE.items()]
+    figure.legend(handles, names, frameon=False, fontsize=8, loc="outside lower center", ncols=4)
+    figure.suptitle("What rotary adds to a kernel's loop (nothing ran on a GPU)")
     save(figure, path)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("triton")
 pytest.importorskip("matplotlib")
+pytest.importorskip("liger_kernel")
 
 import triton
 
@@ -27,7 +28,7 @@ ABOVE = "expected the figures kept in benchmarks/gpu_static.json; if the change 
 
 def make_counts(**changes: object) -> Counts:
     loop = Loop(100, {"tensor": 32, "mufu": 8, "fp32": 40, "integer": 20}, 4, {}, {"128": 4}, {}, 0.0, 0.0, 8192, 2048)
-    return replace(Counts("case", "", "kernel", {}, 4, 32 << 10, 0, 128, 0, 300, 200, [loop]), **changes)
+    return replace(Counts("case", "", "kernel", {}, 4, 32 << 10, 0, 128, 0, 300, 190, [10, 100], [loop]), **changes)
 
 
 # where many rows read one key head, what the ranges leave for the merging is much beside few bytes of keys.
@@ -155,7 +156,12 @@ def test_what_must_be_reached_without_a_gpu_is_reached() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"loops": [replace(make_counts().loops[0], instructions=101)]}, "101 instructions in the loop, 100 before"),
+        ({"loop_instructions": [10, 101]}, "101 instructions in a loop, 100 before"),
+        ({"loop_instructions": [11, 100]}, "11 instructions in a loop, 10 before"),
+        (
+            {"loop_instructions": [101], "loops": [replace(make_counts().loops[0], instructions=101)]},
+            "101 instructions in a loop, 100 before",
+        ),
         ({"spill_bytes": 4}, "4 bytes spilled, 0 before"),
         ({"registers": 129}, "3 blocks a multiprocessor by registers, 4 before"),
         ({"shared_bytes": 60 << 10}, "2 blocks a multiprocessor by shared memory, 4 before"),

@@ -4,6 +4,7 @@ from tolerance import assert_within_rule
 from torch import Tensor
 
 pytest.importorskip("triton")
+pytest.importorskip("liger_kernel")
 
 from interpreter import interpreted
 from liger_kernel.ops.rope import rope_backward, rope_forward

@@ -117,7 +117,7 @@ HEADS: Settings = {
     "float32-D128-R64": {"dtype": SINGLE},
     "float32-D256-R128": {"dims": 256, "pairs": 128, "dtype": SINGLE},
 }
-# partly rotated heads, whose parts take more columns.
+# partly rotated heads, whose parts take more columns, and so other tiles than without rotary.
 PARTIAL: Settings = {
     "bfloat16-D128-R16": {"pairs": 16},
     "bfloat16-D256-R32": {"dims": 256, "pairs": 32},
@@ -144,7 +144,7 @@ def attention_cases() -> list[Case]:
         ("bwd_dkv", HEADS | PARTIAL, ("bfloat16-D128",)),
     ):
         for name, settings in shapes.items():
-            plain = plain_of(name) if name.rpartition("-")[0] in compared else None
+            plain = plain_of(name) if name in HEADS and name.rpartition("-")[0] in compared else None
             cases.append(attention_case(passed, name, plain, **settings))
         for stem in compared:
             settings = {"dims": int(stem.partition("-D")[2]), "variant": "rotated"}
@@ -211,7 +211,7 @@ def decode_cases() -> list[Case]:
     plain = [case(f"{stem}-plain", dims=int(stem.partition("-D")[2]), rotates=(False, False)) for stem in compared]
     return [
         *(
-            case(name, plain_of(name) if name.rpartition("-")[0] in compared else None, **settings)
+            case(name, plain_of(name) if name in HEADS and name.rpartition("-")[0] in compared else None, **settings)
             for name, settings in (HEADS | PARTIAL | others).items()
         ),
         *(replace(without, role="plain") for without in plain),

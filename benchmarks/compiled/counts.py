@@ -56,9 +56,9 @@ class Loop:
 
 @dataclass
 class Counts:
-    """What one compiled configuration needs and does; the last three are None where no SASS could be read.
+    """What one compiled configuration needs and does; the last four are None where no SASS could be read.
 
-    What stands outside belongs to no innermost loop.
+    What stands outside belongs to no innermost loop; loop_instructions are of every one, in the order of the code.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Counts:
     spill_bytes: int
     instructions: int | None = None
     outside_instructions: int | None = None
+    loop_instructions: list[int] | None = None
     loops: list[Loop] | None = None
 
     @property
@@ -118,7 +119,8 @@ def count(case: Case, target: str, known: dict[str, Counts]) -> Counts:
     if is_nvidia and nvdisasm:
         instructions, loops = innermost_loops(read_sass(kernel.asm["cubin"], nvdisasm))
         counts.instructions = len(instructions)
-        counts.outside_instructions = len(instructions) - sum(map(len, loops))
+        counts.loop_instructions = list(map(len, loops))
+        counts.outside_instructions = len(instructions) - sum(counts.loop_instructions)
         counts.loops = [count_loop(loop, 32 * warps, case.elements(constants)) for loop in loops]
     return counts
 

@@ -104,11 +104,17 @@ def read(path: Path = KEPT) -> Static:
 
 
 def regressions(before: Counts, after: Counts, target: str) -> list[str]:
-    """In what a configuration got worse: instructions of its loop, spills, or blocks that fit a multiprocessor."""
+    """In what a configuration got worse: instructions of a loop, spills, or blocks that fit a multiprocessor.
+
+    Where there are more loops or fewer than before, the main one is compared alone.
+    """
     found = []
-    loops = before.main_loop, after.main_loop
-    if all(loops) and loops[1].instructions > loops[0].instructions:
-        found.append(f"{loops[1].instructions} instructions in the loop, {loops[0].instructions} before")
+    loops = [counts.loop_instructions or [] for counts in (before, after)]
+    if len(loops[0]) != len(loops[1]):
+        loops = [[counts.main_loop.instructions] if counts.main_loop else [] for counts in (before, after)]
+    for known, now in zip(*loops, strict=False):
+        if now > known:
+            found.append(f"{now} instructions in a loop, {known} before")
     if after.spill_bytes > before.spill_bytes:
         found.append(f"{after.spill_bytes} bytes spilled, {before.spill_bytes} before")
     if target in HARDWARE:

@@ -35,6 +35,10 @@ class Overhead:
         return self.instructions[0] - self.instructions[1]
 
     @property
+    def work(self) -> float:
+        return self.instructions[0] / self.instructions[1]
+
+    @property
     def time(self) -> float:
         return self.clocks[0] / self.clocks[1]
 

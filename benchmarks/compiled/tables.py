@@ -6,7 +6,7 @@ from benchmarks.compiled.cases import CASES
 from benchmarks.compiled.counts import Counts
 from benchmarks.compiled.document import REPORTED, Static
 from benchmarks.compiled.hardware import HARDWARE
-from benchmarks.compiled.model import Model, model
+from benchmarks.compiled.model import Model, model, occupancy
 from benchmarks.compiled.overhead import Overhead, loop_goals, overhead_of, overheads, prefill_call, projection_call
 from benchmarks.compiled.peers import PEERS
 from benchmarks.compiled.sass import CLASSES
@@ -61,7 +61,7 @@ def overview(static: Static) -> str:
         rows.append([label, *(overview_cell(found[target]) for target in HARDWARE)])
     for label, call in (
         ("whole prefill of 4096 tokens, with the pass over k: instructions", prefill_call),
-        ("whole block of the QKV projection: instructions", projection_call),
+        ("whole block of the QKV projection, with its epilogue: instructions", projection_call),
     ):
         rows.append([label, *(number(call(static, target), "x") for target in HARDWARE)])
     return markdown_table(["kernel, bf16", *HARDWARE], rows)
@@ -78,32 +78,22 @@ def configuration_table(static: Static, target: str) -> str:
     header += ["loop", *shown, "added by rotary", "busiest pipe", "over the floor"]
     rows = []
     for name in REPORTED:
-        counts, found, overhead = static.of(target, name), model_of(static, target, name), None
-        if found:
-            overhead = overhead_of(static, target, name)
-        rows.append([*resources(counts), *loop_cells(counts, found, shown, overhead)])
-    return markdown_table(header, [[*row[:5], *row[5:]] for row in rows])
+        counts, found = static.of(target, name), model_of(static, target, name)
+        held = occupancy(counts, HARDWARE[target])
+        cells = [*resources(counts), f"{held.blocks} ({held.limit})", f"{100 * held.share:.0f} %"]
+        if found is None:
+            rows.append([*cells, *["-"] * (len(shown) + 4)])
+            continue
+        loop, overhead = counts.main_loop, overhead_of(static, target, name)
+        cells += [str(loop.instructions), *(str(loop.classes.get(name, 0)) for name in shown)]
+        cells.append(sign(overhead.extra) if overhead else "-")
+        rows.append([*cells, found.bound, f"{number(found.over_floor, 'x')} ({found.floor})"])
+    return markdown_table(header, rows)
 
 
 def resources(counts: Counts) -> list[str]:
     shared = f"{counts.shared_bytes / 1024:.3g}"
     return [counts.name, str(counts.warps), str(counts.registers), str(counts.spill_bytes), shared]
-
-
-def loop_cells(counts: Counts, found: Model | None, shown: list[str], overhead: Overhead | None) -> list[str]:
-    loop = counts.main_loop
-    if loop is None or found is None:
-        return ["-"] * (len(shown) + 6)
-    held = found.occupancy
-    return [
-        f"{held.blocks} ({held.limit})",
-        f"{100 * held.share:.0f} %",
-        str(loop.instructions),
-        *(str(loop.classes.get(name, 0)) for name in shown),
-        sign(overhead.extra) if overhead else "-",
-        found.bound,
-        f"{number(found.over_floor, 'x')} ({found.floor})",
-    ]
 
 
 def bare_table(static: Static, target: str) -> str:
