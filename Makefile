@@ -44,6 +44,7 @@ gpu-static: install  ## what is known of GPUs without one, build/gpu_static/inde
 	$(BIN)/python -m benchmarks.gpu_static $(if $(filter 1,$(REFRESH)),--refresh)
 
 gpu:  ## with CUDA, in the environment of PYTHON: check and time every kernel; TUNE=1: choose launch tables
+	@$(PYTHON) -c "import torch" || { echo "make gpu: expected a torch with CUDA in the environment of PYTHON=$(PYTHON)"; exit 1; }
 	$(PYTHON) -m benchmarks.on_gpu.device
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m clex_kernels --require-cuda || $(PYTHON) setup.py -q build_ext --inplace --force

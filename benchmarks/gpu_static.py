@@ -32,6 +32,10 @@ ROOFLINE = {
     "QKV projection, 8192 rows": ("qkv_rotary-bfloat16-D128-R64-rows8192", ">"),
     "rotary": ("rotary-long-bfloat16-D128-R64", "D"),
     "rotary backward with dfreq": ("rotary_bwd-long-bfloat16-D128-R64", "d"),
+    "attention's pass over k": ("attention_fwd_keys", "p"),
+    "append": ("append-bfloat16-D128-long", "h"),
+    "decode's merging": ("decode_combine", "*"),
+    "sums of dfreq": ("attention_bwd_dfreq", "x"),
 }
 
 MARKERS = ("o", "s", "D", "^")
@@ -99,7 +103,7 @@ def plot_overheads(static: Static, path: Path) -> None:
 
 
 def plot_roofline(static: Static, path: Path) -> None:
-    """Modelled speed of every kernel under the roofs of one product by target."""
+    """Modelled speed of every kernel with a loop under the roofs of one product by target."""
     figure, panels = plt.subplots(2, 2, figsize=(10.5, 8.0), sharex=True, sharey=True)
     for axes, (target, gpu) in zip(panels.flat, HARDWARE.items(), strict=True):
         roof = np.logspace(-1, 4, 200)

@@ -214,6 +214,24 @@ def test_halves_joined_for_products_from_shared_memory_change_nothing(
     assert_exact(run(case, inputs, torch.float64, device), expected(case, inputs, torch.float64))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        TILED["D 128"],
+        Case(b=1, queries=140, keys=140, h=2, g=1, d=32, r=16, rotate_k=False, rule={"is_causal": True}),
+        Case(b=1, queries=140, keys=140, h=2, g=1, d=32, r=16, rotate_q=False, rule={"window": 70}),
+    ],
+    ids=["D 128", "only q", "only k in a window"],
+)
+def test_gradients_are_right_where_the_loops_have_heads_in_one_part(
+    case: Case, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    inputs = make_inputs(case)
+    monkeypatch.setattr(attention_bwd, "architecture_of", lambda _: "sm_90")
+    monkeypatch.setattr(attention_bwd, "dtype_kind", lambda _: "half")
+    assert_exact(run(case, inputs, torch.float64, device), expected(case, inputs, torch.float64))
+
+
 def test_fp32_is_multiplied_as_torch_does() -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     try:

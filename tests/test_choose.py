@@ -35,7 +35,7 @@ WORK = (2 * 64 * 64 * 128, 2 * 64 * 64 * 128, 0, 1.0)
 def fake_counts(instructions: int = 200, warps: int = 8, **changes: Any) -> Counts:
     classes = {"tensor": 40, "fp32": instructions - 40}
     loop = Loop(instructions, classes, 0, {}, {"128": 4}, {}, 0.0, 0.0, 1, 1)
-    counted = Counts("a", "", "a", {"BLOCK_L": 64}, warps, 1 << 15, 0, 64, 0, 900, 0, [loop])
+    counted = Counts("a", "", "a", {"BLOCK_L": 64}, warps, 1 << 15, 0, 64, 0, 900, 0, [instructions], [loop])
     return replace(counted, **changes)
 
 

@@ -25,6 +25,7 @@ from benchmarks.compiled.work import (
     decode_work,
     projection_work,
     streaming_work,
+    sum_work,
 )
 from clex_kernels.attention_terms import Rule
 
@@ -161,8 +162,15 @@ def attention_cases() -> list[Case]:
         *(*cases, whole, replace(without, role="plain"), keys),
         *as_variants([attention_case("fwd", name, saves=True, **settings) for name, settings in PARTIAL.items()]),
         Case("attention_bwd_delta", "attention_bwd_delta_kernel", call.backward, lambda _: 1, 2, has_loop=False),
-        Case("attention_bwd_dfreq", "attention_bwd_dfreq_kernel", call.backward, lambda _: 1, 8),
+        Case(
+            *("attention_bwd_dfreq", "attention_bwd_dfreq_kernel", call.backward, partial_sums, 8),
+            work=lambda c: sum_work(partial_sums(c), 8, 1.0),
+        ),
     ]
+
+
+def partial_sums(constants: Constants) -> int:
+    return constants["BLOCK_N"] * constants["BLOCK_R"]
 
 
 def append_cases() -> list[Case]:
@@ -215,7 +223,11 @@ def decode_cases() -> list[Case]:
             for name, settings in (HEADS | PARTIAL | others).items()
         ),
         *(replace(without, role="plain") for without in plain),
-        Case("decode_combine", "decode_combine_kernel", launch_decode, lambda c: c["BLOCK_N"] * c["D"], 4),
+        Case(
+            *("decode_combine", "decode_combine_kernel", launch_decode, lambda c: c["BLOCK_N"] * c["D"], 4),
+            # scaled by the weight of its range, and added.
+            work=lambda c: sum_work(c["BLOCK_N"] * c["D"], 4, 2.0),
+        ),
         *as_variants([case(name, **settings) for name, settings in variants.items()]),
     ]
 

@@ -1,6 +1,7 @@
 """What the static model assumes of the GPUs: one product per target, from its vendor's data sheets and CUDA's manuals.
 
-Rates are per clock and multiprocessor. Nothing here is measured.
+Rates are per clock and multiprocessor, clocks those at which the data sheets' rates of tensor cores hold. Nothing here
+is measured.
 """
 
 from dataclasses import dataclass, fields

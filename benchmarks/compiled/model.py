@@ -4,8 +4,9 @@ A trip through the main loop keeps each pipe busy for its instructions' clocks; 
 takes as long as the busiest of them, and blocks that share a multiprocessor share its pipes. The floor is what the
 result itself costs: its multiply-adds on tensor cores (fp32: on the fp32 pipe), or its bytes from memory.
 
-Not modelled: latency and what hides it, barriers, bank conflicts, what tensor cores fetch from shared memory by
-themselves, hits in L2, and the start and end of a kernel. So the model says what can't be faster, not how fast it is.
+Not modelled: latency and what hides it, barriers, bank conflicts, tensor memory, what tensor cores fetch from shared
+memory by themselves, hits in L2, and the start and end of a kernel. So the model says what can't be faster, not how
+fast it is; but not where integers are the busiest pipe, since some of them have pipes of their own.
 """
 
 from dataclasses import dataclass

@@ -32,12 +32,28 @@ Nothing here was measured: no kernel of this table has run. *Counted* figures ar
 ahead of time for a target: registers and spills from ptxas, instructions of the main loop from the SASS. The main loop
 is the one that does the work; of attention that of keys which every query sees. *Modelled* figures say how many clocks
 a trip through it keeps the busiest pipe of a multiprocessor busy, and what the result itself would: its multiply-adds
-on tensor cores (fp32: on the fp32 pipe) or its bytes from memory. Latency, barriers, bank conflicts and what tensor
-cores fetch from shared memory by themselves are not modelled: a model's figure is a bound, not a forecast."""
+on tensor cores (fp32: on the fp32 pipe) or its bytes from memory. Latency, barriers, bank conflicts, tensor memory and
+what tensor cores fetch from shared memory by themselves are not modelled: a model's figure is no forecast."""
 BYTES_ABOUT = """\
 Bytes that one call moves, *counted* from the addresses of every load and store as the kernel runs in Triton's
-interpreter. Memory delivers each 32-byte sector once in a call, if L2 holds what programs share; requested is what
-multiprocessors ask of L2, each distinct byte once a program."""
+interpreter, with sm_80's tiles. Memory delivers each 32-byte sector once in a call, if L2 holds what programs share;
+requested is what multiprocessors ask of L2, each distinct byte once a program. transformers' operators are counted one
+by one, as if nothing stayed in L2 from one to the next. Attention's loops are of one program, which L2 may serve."""
+PEERS_ABOUT = """\
+Counted and modelled as ours. What differs: Liger-Kernel rotates in place, with a program per token and no loop, where
+ours takes up to 4 tokens and loops over heads, so that instructions are not of the same work; its backward has no
+gradient of the frequencies, and stands beside our forward kernel, which is ours for that. The tutorials' attention has
+one tile, 128 queries by 64 keys, where ours has 128 keys on sm_90 and sm_100: loops compare within a peer, with rotary
+against without, and not theirs with ours. That ours rotates k in a pass of its own is in no loop, but in the whole
+prefill above."""
+MODEL_ABOUT = """\
+Rates per clock and multiprocessor; clocks are those at which the data sheets' tensor rates hold. Simplified are:
+
+- integer instructions all count at one pipe's rate, though multiply-adds and uniform ones have pipes of their own:
+  where integers are the busiest pipe, the model is too slow;
+- comparisons, choices and maxima of fp32 count at the rate of multiply-adds: too fast;
+- products count once by their padded tile, even where warps repeat some of it: too fast;
+- L2 is what one multiprocessor can take, not its share of what L2 can give: too fast."""
 
 
 def model_of(static: Static, target: str, name: str) -> Model | None:
@@ -188,11 +204,11 @@ def full_report(static: Static, notes: list[str]) -> str:
         *summary_parts(static),
     ]
     parts += ["## Goals", goal_table(all_goals(static))]
-    parts += ["## Beside others", "Counted and modelled as ours.", peer_table(static)]
+    parts += ["## Beside others", PEERS_ABOUT, peer_table(static)]
     parts += ["## Bytes", BYTES_ABOUT, bytes_table(static.traffic)]
     for target, gpu in HARDWARE.items():
         parts += [f"## {target}", f"Modelled for {gpu.product}.", configuration_table(static, target)]
     for target in static.counts.keys() - HARDWARE.keys():
         parts += [f"## {target}", "Compiled; its code is not read, nothing is modelled.", bare_table(static, target)]
-    parts += ["## What the model assumes", "Rates per clock and multiprocessor.", assumption_table()]
+    parts += ["## What the model assumes", MODEL_ABOUT, assumption_table()]
     return "\n\n".join(parts) + "\n"

@@ -68,3 +68,8 @@ def projection_work(constants: Constants, itemsize: int, rows: int) -> Work:
 def streaming_work(elements: int, itemsize: int, reads: int, operations: float) -> Work:
     """Elements that are read `reads` times and written once, with few operations on each."""
     return Work(0, 0, elements * itemsize * (reads + 1), operations / (itemsize * (reads + 1)))
+
+
+def sum_work(elements: int, itemsize: int, operations: float) -> Work:
+    """Elements that are read once, with few operations on each, and leave one result for many."""
+    return Work(0, 0, elements * itemsize, operations / itemsize)

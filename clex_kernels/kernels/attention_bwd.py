@@ -5,6 +5,9 @@
 delta comes first, from a kernel of its own; then dq (attention_bwd_dq.py), and dk and dv (attention_bwd_dkv.py). Both
 undo the rotation at their end and store their tile's share of dfreq; a last kernel adds the shares of a head of a
 sequence, and the launcher the heads, in a fixed order: there are no atomics, and equal inputs give equal bits.
+
+Loops have heads in halves or, where that costs less (IS_JOINED), in one part: the gradient of q' or k' then comes apart
+into its halves after the loop.
 """
 
 import torch
@@ -31,7 +34,12 @@ from clex_kernels.kernels.launch_tables import (
     ATTENTION_BWD_DFREQ,
     ATTENTION_BWD_DKV,
     ATTENTION_BWD_DQ,
+    READS_SHARED,
+    Table,
+    Tile,
+    architecture_of,
     constants_of,
+    dtype_kind,
     find_entry,
 )
 from clex_kernels.kernels.parts import load_columns
@@ -129,6 +137,18 @@ def launch_dfreq(
     return sums.sum(dim=1)
 
 
+def backward_config(table: Table[Tile], q: torch.Tensor, pairs: int) -> dict[str, int]:
+    """Constexprs, warps and stages for dq, or dk and dv; among them whether the loop has q', k' and their gradient in
+    one part: from shared memory one product costs less than two.
+
+    Counted instructions of the loop in halves and in one part, D 128: for dq 318 and 311 on sm_90, 438 and 336 on
+    sm_100; for dk and dv 302 and 296, 465 and 392.
+    """
+    config = launch_config(table, q, pairs)
+    reads_shared = architecture_of(q) in READS_SHARED and dtype_kind(q) == "half"
+    return {**config, "IS_JOINED": reads_shared and config["TAIL"] == 0 and config["R"] == config["BLOCK_R"]}
+
+
 def launch_attention_bwd(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -163,7 +183,7 @@ def launch_attention_bwd(
         inputs = (*map(Operand.of, (dout, q, k, v)), lse, delta, TableOperand.of(tables))
 
         def launch(kernel, table, is_query: bool, outputs: tuple[torch.Tensor, ...]) -> None:
-            config = launch_config(table, q, R if any(rotate) else 0)
+            config = backward_config(table, q, R if any(rotate) else 0)
             block, heads, length, cu_seqlens, is_rotated = (
                 (config["BLOCK_L"], H, L, tokens.cu_seqlens_q, rotate[0])
                 if is_query

@@ -19,6 +19,7 @@ from clex_kernels.kernels.parts import (
     load_columns,
     load_parts,
     scale_parts,
+    split_halves,
     store_columns,
     zero_parts,
 )
@@ -97,6 +98,7 @@ def attention_bwd_dkv_kernel(
     num_rows,
     ROTATE: tl.constexpr,
     IS_CENTRED: tl.constexpr,
+    IS_JOINED: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -121,7 +123,11 @@ def attention_bwd_dkv_kernel(
     mask_s = (slots >= start) & (slots < end)
     key_head = tl.program_id(1).to(tl.int64)
     rows_s = k_row + slots
-    keys = load_parts(row_pointers(k, at, rows_s, key_head), mask_s, R, TAIL, BLOCK_R, BLOCK_T)
+    # a head in one part is all tail.
+    PART_R: tl.constexpr = 0 if IS_JOINED else R
+    PART_TAIL: tl.constexpr = D if IS_JOINED else TAIL
+    PART_BLOCK: tl.constexpr = BLOCK_D if IS_JOINED else BLOCK_T
+    keys = load_parts(row_pointers(k, at, rows_s, key_head), mask_s, PART_R, PART_TAIL, BLOCK_R, PART_BLOCK)
     values = load_columns(row_pointers(v, at, rows_s, key_head), mask_s, D, BLOCK_D)
 
     shift = shift_of(q_first, k_first)
@@ -132,7 +138,7 @@ def attention_bwd_dkv_kernel(
         # nobody sees these slots.
         whole_end, high = whole_start, low
     scale = load_scale(tokens, b, start, end, dtype, SCALE, LOG_BASE, LOG_CLAMPED)
-    sums = (zero_parts(BLOCK_S, R, TAIL, BLOCK_R, BLOCK_T, dtype), tl.zeros([BLOCK_S, BLOCK_D], dtype))
+    sums = (zero_parts(BLOCK_S, PART_R, PART_TAIL, BLOCK_R, PART_BLOCK, dtype), tl.zeros([BLOCK_S, BLOCK_D], dtype))
     offs_l = tl.arange(0, BLOCK_L)
     for member in range(group):
         h = key_head * group + member
@@ -144,23 +150,25 @@ def attention_bwd_dkv_kernel(
                 seen = is_visible(offs[None, :], slots[:, None], start, end, shift, window, IS_CAUSAL)
                 sums = add_dk_dv(
                     *(sums, keys, values, q, dout, lse_head_ptr, delta_head_ptr, at, q_row + offs, h),
-                    *(seen, offs < high, scale, D, R, TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, BLOCK_T),
+                    *(seen, offs < high, scale, D, PART_R, PART_TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, PART_BLOCK),
                 )
         for row in range(whole_start, whole_end, BLOCK_L):
             sums = add_dk_dv(
                 *(sums, keys, values, q, dout, lse_head_ptr, delta_head_ptr, at, q_row + row + offs_l, h),
-                *(None, None, scale, D, R, TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, BLOCK_T),
+                *(None, None, scale, D, PART_R, PART_TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, PART_BLOCK),
             )
         for row in range(whole_end, high, BLOCK_L):
             offs = row + offs_l
             seen = is_visible(offs[None, :], slots[:, None], start, end, shift, window, IS_CAUSAL)
             sums = add_dk_dv(
                 *(sums, keys, values, q, dout, lse_head_ptr, delta_head_ptr, at, q_row + offs, h),
-                *(seen, offs < high, scale, D, R, TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, BLOCK_T),
+                *(seen, offs < high, scale, D, PART_R, PART_TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, PART_BLOCK),
             )
 
     dk_rows, dv_rows = sums
     store_columns(row_pointers(dv, at, rows_s, key_head), dv_rows, mask_s, D)
+    if IS_JOINED:
+        dk_rows = split_halves(dk_rows)
     # slots that are not valid are not masked in the blocks that see all the others: keep nothing of theirs.
     dk_rows = keep_rows(scale_parts(dk_rows, scale), mask_s)
     # read again: keeping them in registers through the loops would make these spill.

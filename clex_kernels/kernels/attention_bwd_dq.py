@@ -10,7 +10,15 @@ import triton.language as tl
 
 from clex_kernels.kernels.attention_bwd_rows import finish_rows, load_query_rows, weigh
 from clex_kernels.kernels.attention_launch import NOT_SPECIALIZED
-from clex_kernels.kernels.parts import add_products, dot_parts, load_columns, load_parts, scale_parts, zero_parts
+from clex_kernels.kernels.parts import (
+    add_products,
+    dot_parts,
+    load_columns,
+    load_parts,
+    scale_parts,
+    split_halves,
+    zero_parts,
+)
 from clex_kernels.kernels.sequences import (
     cap,
     find_tile,
@@ -83,6 +91,7 @@ def attention_bwd_dq_kernel(
     num_rows,
     ROTATE: tl.constexpr,
     IS_CENTRED: tl.constexpr,
+    IS_JOINED: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -110,7 +119,11 @@ def attention_bwd_dq_kernel(
     offs_l = first + tl.arange(0, BLOCK_L)
     mask_l = offs_l < queries
     rows_l = q_row + offs_l
-    query = load_parts(row_pointers(q, at, rows_l, h), mask_l, R, TAIL, BLOCK_R, BLOCK_T)
+    # a head in one part is all tail.
+    PART_R: tl.constexpr = 0 if IS_JOINED else R
+    PART_TAIL: tl.constexpr = D if IS_JOINED else TAIL
+    PART_BLOCK: tl.constexpr = BLOCK_D if IS_JOINED else BLOCK_T
+    query = load_parts(row_pointers(q, at, rows_l, h), mask_l, PART_R, PART_TAIL, BLOCK_R, PART_BLOCK)
     dout_rows = load_columns(row_pointers(dout, at, rows_l, h), mask_l, D, BLOCK_D)
     lse_start = (at * tl.num_programs(1) + h) * L
     lse, delta = load_query_rows(lse_ptr + lse_start, delta_ptr + lse_start, rows_l, mask_l)
@@ -120,7 +133,7 @@ def attention_bwd_dq_kernel(
         first, queries, start, end, shift, window, IS_CAUSAL, BLOCK_L, BLOCK_S
     )
     scale = load_scale(tokens, b, start, end, dtype, SCALE, LOG_BASE, LOG_CLAMPED)
-    total = zero_parts(BLOCK_L, R, TAIL, BLOCK_R, BLOCK_T, dtype)
+    total = zero_parts(BLOCK_L, PART_R, PART_TAIL, BLOCK_R, PART_BLOCK, dtype)
     offs_s = tl.arange(0, BLOCK_S)
     if window is not None:
         for slot in range(low, tl.minimum(whole_start, high), BLOCK_S):
@@ -128,19 +141,19 @@ def attention_bwd_dq_kernel(
             seen = is_visible(offs_l[:, None], slots[None, :], start, end, shift, window, IS_CAUSAL)
             total = add_dq(
                 *(total, query, dout_rows, lse, delta, k, v, at, k_row + slots, h // group, seen, slots < high, scale),
-                *(D, R, TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, BLOCK_T),
+                *(D, PART_R, PART_TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, PART_BLOCK),
             )
     for slot in range(whole_start, whole_end, BLOCK_S):
         total = add_dq(
             *(total, query, dout_rows, lse, delta, k, v, at, k_row + slot + offs_s, h // group, None, None, scale),
-            *(D, R, TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, BLOCK_T),
+            *(D, PART_R, PART_TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, PART_BLOCK),
         )
     for slot in range(whole_end, high, BLOCK_S):
         slots = slot + offs_s
         seen = is_visible(offs_l[:, None], slots[None, :], start, end, shift, window, IS_CAUSAL)
         total = add_dq(
             *(total, query, dout_rows, lse, delta, k, v, at, k_row + slots, h // group, seen, slots < high, scale),
-            *(D, R, TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, BLOCK_T),
+            *(D, PART_R, PART_TAIL, SOFTCAP, PRECISION, BLOCK_D, BLOCK_R, PART_BLOCK),
         )
 
     sees = sees_something(offs_l, queries, start, end, shift, window, IS_CAUSAL)
@@ -148,6 +161,10 @@ def attention_bwd_dq_kernel(
     first_row = tl.maximum(q_first + first, k_first + start) if IS_CAUSAL else q_first + first
     if partials_ptr is not None:
         partials_ptr += (tile.to(tl.int64) * tl.num_programs(1) + h) * R
+    if IS_JOINED:
+        # q' is read again in halves, dq' comes apart in registers, not rounded.
+        total = split_halves(total)
+        query = load_parts(row_pointers(q, at, rows_l, h), mask_l, R, TAIL, BLOCK_R, BLOCK_T)
     finish_rows(
         *(scale_parts(total, scale), query, row_pointers(dq, at, rows_l, h), mask_l, partials_ptr, table, b),
         *(q_first + offs_l, first_row, k_first + start, sees, T, num_rows, ROTATE, IS_CENTRED, R, TAIL, TILE, BLOCK_R),

@@ -370,15 +370,13 @@ def launch_decode(
     """
     batch, L, H, D = q.shape
     pages, slots, G = k_cache.shape[:3]
-    capacity = slots if block_table is None else block_table.shape[1] * slots
-    T, C, _, R = tables.coarse.shape
-    tile = tables.fine.shape[1]
+    page, capacity = (0, slots) if block_table is None else (slots, block_table.shape[1] * slots)
+    (T, C, _, R), tile = tables.coarse.shape, tables.fine.shape[1]
     if C == 0:
         # the kernel reads a row of any table; what it turns is NaN.
         C, tables = 1, tables._replace(coarse=tables.coarse.new_full((T, 1, 2, R), torch.nan))
     # as far as any slot is; more might not fit 32 bits.
     window = None if rule.window is None else min(rule.window, 1 << 30)
-    page = 0 if block_table is None else slots
     config = decode_config(q, H // G, page, R if any(rotate) else 0)
     splits = most_splits(G, L * H // G)
     ranges = most_ranges(capacity, L, window, splits)

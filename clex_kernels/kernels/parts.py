@@ -1,8 +1,9 @@
 """Tiles of heads in parts: the two halves of the R rotary pairs, and the TAIL dims that no rotation touches.
 
-A product over D is a sum over the parts, so nothing is put together after a rotation or taken apart before one. Without
-rotation R = 0, and the tail is the whole head. Parts are tuples of one to three tiles [rows, BLOCK_R or BLOCK_T], each
-padded with zeros to a size that tl.dot takes.
+A product over D is a sum over the parts, so nothing has to be put together after a rotation or taken apart before one;
+of heads that are rotated whole the halves may be, where one product costs less than two. Without rotation, and for a
+head in one part, R = 0, and the tail is the whole head. Parts are tuples of one to three tiles [rows, BLOCK_R or
+BLOCK_T], each padded with zeros to a size that tl.dot takes.
 """
 
 import triton
@@ -71,6 +72,13 @@ def join_halves(parts):
     """The two halves of heads that are rotated whole, R a power of two, as one part again."""
     joined = tl.permute(tl.join(parts[0], parts[1]), (0, 2, 1))
     return (tl.reshape(joined, (parts[0].shape[0], 2 * parts[0].shape[1])),)
+
+
+@triton.jit
+def split_halves(parts):
+    """The two halves of what `join_halves` gives."""
+    halves = tl.reshape(parts[0], (parts[0].shape[0], 2, parts[0].shape[1] // 2))
+    return tl.split(tl.permute(halves, (0, 2, 1)))
 
 
 @triton.jit
