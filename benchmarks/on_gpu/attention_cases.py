@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import exact, formulations
 from benchmarks.measure import Way
 from benchmarks.on_gpu import angles, rivals
-from benchmarks.on_gpu.case import NOISE, SETS, WRONG_DFREQ, Aim, Bench, Case, draw, errors_of
+from benchmarks.on_gpu.case import NOISE, SETS, WRONG_DFREQ, Aim, Bench, Case, draw, errors_of, sampled_rows
 from benchmarks.on_gpu.device import Gpu
 from benchmarks.on_gpu.floors import Cost, size_of
 from benchmarks.on_gpu.sizes import Sizes
@@ -35,10 +35,7 @@ class Attention:
     def __init__(self, gpu: Gpu, length: int, heads: tuple[int, int, int], rows: int, trains: bool):
         H, G, D = heads
         self.gpu, self.length, self.trains = gpu, length, trains
-        self.rows_of = [
-            torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:rows].sort().values.to(gpu.device)
-            for seed in range(SETS)
-        ]
+        self.rows_of = sampled_rows(gpu, length, rows)
         sizes = ((1, length, H, D), (1, length, G, D), (1, length, G, D), (1, rows, H, D))
         self.sets = [draw(gpu, seed, *sizes, dtype=DTYPE) for seed in range(SETS)]
         self.operands = [torch.empty_like(x).requires_grad_(trains) for x in self.sets[0][:3]]

@@ -121,3 +121,9 @@ def error_of(found: Tensor, exact: Tensor) -> float:
 def draw(gpu: Gpu, seed: int, *sizes: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator(gpu.device).manual_seed(seed)
     return [torch.randn(size, generator=generator, device=gpu.device, dtype=dtype) for size in sizes]
+
+
+def sampled_rows(gpu: Gpu, length: int, rows: int) -> list[Tensor]:
+    """Of every input set, the tokens at which results are compared with fp64, in order."""
+    generators = (torch.Generator().manual_seed(seed) for seed in range(SETS))
+    return [torch.randperm(length, generator=each)[:rows].sort().values.to(gpu.device) for each in generators]

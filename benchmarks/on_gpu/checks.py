@@ -44,6 +44,7 @@ def run_check(gpu: Gpu, check: Check, without: Mapping[str, str], trying: Callab
         check.run(gpu)
         gpu.wait()
     except Exception as error:
+        # a kernel that raises is as wrong as one whose numbers are.
         raise_if_lost(gpu, error)
         problem = describe(error)
     return {"kernel": check.kernel, "what": check.what, "problem": problem}

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import exact, formulations
 from benchmarks.measure import Way
 from benchmarks.on_gpu import angles
-from benchmarks.on_gpu.case import SETS, WRONG_DFREQ, Aim, Bench, Case, draw, errors_of
+from benchmarks.on_gpu.case import SETS, WRONG_DFREQ, Aim, Bench, Case, draw, errors_of, sampled_rows
 from benchmarks.on_gpu.decode_cases import layout
 from benchmarks.on_gpu.device import Gpu
 from benchmarks.on_gpu.floors import Cost, size_of
@@ -48,10 +48,7 @@ class Training:
         self.gpu, self.shape, self.length = gpu, shape, length
         self.layer = make_layer(gpu, shape)
         self.parameters = (self.layer.qkv_proj.weight, self.layer.o_proj.weight)
-        self.rows_of = [
-            torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:rows].sort().values.to(gpu.device)
-            for seed in range(SETS)
-        ]
+        self.rows_of = sampled_rows(gpu, length, rows)
         sizes = ((1, length, shape.C), (1, rows, shape.C))
         self.sets = [draw(gpu, seed, *sizes, dtype=DTYPE) for seed in range(SETS)]
         self.x = torch.empty_like(self.sets[0][0]).requires_grad_()

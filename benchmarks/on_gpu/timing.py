@@ -107,6 +107,7 @@ def raise_if_lost(gpu: Gpu, error: Exception) -> None:
     try:
         gpu.wait()
     except Exception as lost:
+        # a rival's own kernels may report a lost device in their own words, so any error of a mere wait means that.
         raise Poisoned(describe(lost)) from error
     if is_lost(error):
         raise Poisoned(describe(error)) from error
@@ -163,6 +164,7 @@ def attempt(gpu: Gpu, times: Times, name: str, act: Callable[[], None]) -> bool:
     except ArithmeticError as error:
         times.drop(name, f"wrong: {error}")
     except Exception as error:
+        # rivals raise all kinds; the report has the words in place of a time.
         raise_if_lost(gpu, error)
         times.drop(name, f"raised {describe(error)}")
     else:

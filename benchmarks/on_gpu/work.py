@@ -52,6 +52,7 @@ def carry_out(
             else:
                 result = tasks[order.name](order.without, lambda way: write({"trying": way}))
         except Exception as error:
+            # whatever a task raises is its result; the others still have their turn.
             result = {"failed": describe(error)}
             if isinstance(error, Poisoned) or is_lost(error):
                 write({"lost": str(error)})
