@@ -18,6 +18,8 @@ LAYERS = [
         "rotary",
         "qkv_rotary_checks",
         "qkv_rotary",
+        "merging",
+        "sharding",
         "attention_checks",
         "attention_spans",
         "attention_blocks",
@@ -29,6 +31,7 @@ LAYERS = [
         "append",
     },
     {"sampling", "packing", "attention_layer", "modules", "training"},
+    {"distributed"},
     {"integrations"},
 ]
 LEAVES = {"attention_terms", "autocast", "config", "extension"}
