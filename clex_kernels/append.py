@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from clex_kernels.config import check_flag
 from clex_kernels.decode_checks import Cache, check_cache, check_slots
 from clex_kernels.extension import library
 from clex_kernels.rotary_checks import check_apart, check_distinct, check_no_tangent, check_writable
+from clex_kernels.sharded_calls import sharded_append
+from clex_kernels.sharding import is_dtensor
 
 library.define(
     "append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor kv_end, Tensor? block_table) -> ()"
@@ -37,7 +40,7 @@ torch.library.register_fake("clex::append", _append_fake, lib=library)
 library.impl("append", _append_cuda, "CUDA")
 
 
-def _check_append(cache: Cache, v: Tensor) -> None:
+def check_append(cache: Cache, v: Tensor) -> None:
     """What appending asks for beyond a cache that fits k."""
     k, k_cache, v_cache, _ = cache
     if not isinstance(v, Tensor):
@@ -55,7 +58,7 @@ def _check_append(cache: Cache, v: Tensor) -> None:
         check_writable(name, x)
 
 
-def _check_no_gradient(**tensors: Tensor) -> None:
+def check_no_gradient(**tensors: Tensor) -> None:
     """That no gradient is asked for, which would be lost."""
     check_no_tangent("append_kv", *tensors.values())
     for name, x in tensors.items():
@@ -76,7 +79,7 @@ def append_kv(
     """Writes the keys and values of new tokens to the slots before kv_end of a cache, in place; without gradients.
 
     One launch writes both. On a GPU nothing waits for the device, and a captured CUDA graph stays right while k, v,
-    kv_end and block_table are written in place.
+    kv_end and block_table are written in place. DTensors: see sharding.py.
 
     Args:
         k: [B, L, G, D], keys of the new tokens, not rotated, any strides with unit stride in D; fp32, fp16, bf16, or
@@ -98,9 +101,12 @@ def append_kv(
         ValueError: shapes, dtypes, devices or values don't fit, or a cache can't be written to.
         RuntimeError: k, v or a cache requires grad where gradients are enabled, or comes with a tangent.
     """
+    check_flag("debug", debug)
+    if is_dtensor(k):
+        return sharded_append(append_kv, k, v, k_cache, v_cache, kv_end, block_table, debug)
     cache = check_cache("k", k, k_cache, v_cache, block_table)
-    _check_append(cache, v)
-    _check_no_gradient(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    check_append(cache, v)
+    check_no_gradient(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     for x in (k_cache, v_cache):
         check_apart("k", k, x)
         check_apart("v", v, x)

@@ -20,6 +20,8 @@ LAYERS = [
         "qkv_rotary",
         "merging",
         "sharding",
+        "sharding_rules",
+        "sharded_calls",
         "attention_checks",
         "attention_spans",
         "attention_blocks",
@@ -34,7 +36,7 @@ LAYERS = [
     {"distributed"},
     {"integrations"},
 ]
-LEAVES = {"attention_terms", "autocast", "config", "extension"}
+LEAVES = {"attention_terms", "autocast", "config", "deterministic", "extension"}
 # the oracle stands aside: it may read the settings, and the package may not read it.
 ORACLE = "reference"
 # the package's face and its command line may import anything, and nothing imports them.
