@@ -34,9 +34,12 @@ from clex_kernels.attention_checks import (
 from clex_kernels.attention_engines import choose_engine, sdpa, sdpa_refusal
 from clex_kernels.attention_terms import Rule, Tables, Tokens
 from clex_kernels.autocast import autocast
+from clex_kernels.config import check_flag
 from clex_kernels.extension import library
 from clex_kernels.rotary import sum_per_table
 from clex_kernels.rotary_checks import check_no_tangent
+from clex_kernels.sharded_calls import sharded_attention
+from clex_kernels.sharding import is_dtensor
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 _TABLES = "Tensor coarse, Tensor fine, Tensor? positions, Tensor? index, "
@@ -269,7 +272,8 @@ def attention(
     """Softmax attention of raw q and k, rotated inside; differentiable in q, k, v and the table's freq.
 
     Names and layout are flash_attn_func's: tokens before heads, and causal from the bottom right, so that the last
-    query meets the last key. A query that sees no key gives 0. Reentrant checkpointing: see apply_rotary.
+    query meets the last key. A query that sees no key gives 0. Reentrant checkpointing: see apply_rotary. DTensors: see
+    sharding.py.
 
     Args:
         q: [B, L, H, D] with unit stride in D; fp32, fp16, bf16, or fp64 on the CPU (with an fp64 table). D up to 256 on
@@ -310,6 +314,13 @@ def attention(
         RuntimeError: a forward-mode or a second derivative is asked for.
     """
     check_unsupported(attn_mask, dropout_p, interleaved)
+    check_flag("return_lse", return_lse)
+    check_flag("debug", debug)
+    if is_dtensor(q):
+        terms = {"is_causal": is_causal, "scale": scale, "window": window, "softcap": softcap, "rotated": rotated}
+        terms |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "kv_start": kv_start, "kv_end": kv_end}
+        terms |= {"q_offset": q_offset, "k_offset": k_offset, "lengths": lengths, "backend": backend}
+        return sharded_attention(attention, q, k, v, table, return_lse, debug, **terms)
     is_flat = isinstance(q, Tensor) and q.dim() == 3
     operands = check_operands(*autocast(q, k, v), cu_seqlens_q, cu_seqlens_k)
     tokens = check_tokens(operands, cu_seqlens_q, cu_seqlens_k, kv_start, kv_end, q_offset, k_offset, lengths, debug)

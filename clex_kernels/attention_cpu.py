@@ -15,6 +15,7 @@ from torch import Tensor
 from clex_kernels.attention_blocks import attend_in_blocks, attend_in_blocks_bwd
 from clex_kernels.attention_spans import Span, cut_into_spans, is_everything
 from clex_kernels.attention_terms import Rule, Tables, Tokens
+from clex_kernels.deterministic import fixed_products
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -115,6 +116,7 @@ def _attend_bwd(tensors: Any, span: Span, rotation: _Rotation) -> tuple[Tensor, 
     return *dq_and_dk, dv
 
 
+@fixed_products()
 def attention(
     q: Tensor,
     k: Tensor,
@@ -146,6 +148,7 @@ def attention(
     return out, lse, q_rotated, k_rotated
 
 
+@fixed_products()
 def attention_bwd(
     dout: Tensor,
     dlse: Tensor | None,

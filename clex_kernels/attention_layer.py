@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from clex_kernels.append import append_kv
 from clex_kernels.attention import attention
 from clex_kernels.attention_checks import can_look, check_per_sequence
-from clex_kernels.config import ClexConfig, check_config, check_integer
+from clex_kernels.config import ClexConfig, check_config, check_flag, check_integer
 from clex_kernels.decode import decode_attention
 from clex_kernels.decode_checks import MAX_NEW_TOKENS
 from clex_kernels.qkv_rotary import qkv_rotary
-from clex_kernels.rotary_checks import check_kind
+from clex_kernels.rotary_checks import DTYPES, check_kind, check_strided
 from clex_kernels.tables import RotaryTable, RotaryTableStack
+from clex_kernels.weights import check_device
 
 # options of `attention` that move tokens away from the rows 0 .. L - 1.
 _MOVING = ("cu_seqlens_q", "cu_seqlens_k", "kv_end", "q_offset", "k_offset")
@@ -52,6 +53,9 @@ class ClexAttention(nn.Module):
         TypeError, ValueError: an argument is of the wrong type or out of range.
     """
 
+    # by name, the projection that x goes through first.
+    _FIRST = "qkv_proj"
+
     def __init__(
         self,
         config: ClexConfig,
@@ -73,9 +77,14 @@ class ClexAttention(nn.Module):
         )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}")
+        check_flag("bias", bias)
+        out_bias = bias if out_bias is None else out_bias
+        check_flag("out_bias", out_bias)
+        check_device(device)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in DTYPES):
+            raise TypeError(f"dtype: expected None or one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         packed = (self.num_heads + 2 * self.num_kv_heads) * config.head_dim
         self.qkv_proj = nn.Linear(self.hidden_size, packed, bias, device, dtype)
-        out_bias = bias if out_bias is None else out_bias
         self.o_proj = nn.Linear(self.num_heads * config.head_dim, self.hidden_size, out_bias, device, dtype)
 
     def forward(
@@ -154,9 +163,14 @@ class ClexAttention(nn.Module):
     def _check(self, x: Tensor, table: RotaryTable | RotaryTableStack, options: dict[str, Any]) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+        check_kind(table)
+        check_strided("x", x)
+        projection = getattr(self, self._FIRST)
+        if _is_plain(projection):
+            _check_as_weight(x, projection.weight)
         if x.dim() != 3 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x: expected shape [B, L, C] with C = {self.hidden_size}, got {list(x.shape)}")
-        if isinstance(table, (RotaryTable, RotaryTableStack)) and table.rotary_dim != self.config.rotary_dim:
+        if table.rotary_dim != self.config.rotary_dim:
             raise ValueError(f"table: expected rotary_dim = {self.config.rotary_dim}, got {table.rotary_dim}")
         for name, reason in (
             ("return_lse", "a layer returns its output only"),
@@ -200,6 +214,15 @@ def _is_plain(module: nn.Module) -> bool:
     is_replaced = type(module) is not nn.Linear or "forward" in vars(module)
     is_watched = any(hooks) or nn.modules.module._has_any_global_hook()
     return not (is_replaced or is_watched) and type(module.weight) in (Tensor, nn.Parameter)
+
+
+def _check_as_weight(x: Tensor, weight: Tensor) -> None:
+    """That x can be multiplied by the weight; autocast casts both."""
+    if x.device != weight.device:
+        raise ValueError(f"x: expected on the weights' device {weight.device}, got {x.device}")
+    is_cast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    if not is_cast and x.dtype != weight.dtype:
+        raise TypeError(f"x: expected the weights' dtype {weight.dtype}, got {x.dtype}")
 
 
 def _lengths(

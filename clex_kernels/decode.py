@@ -24,9 +24,12 @@ from torch import Tensor
 
 from clex_kernels.attention_checks import ROTATED, check_rule
 from clex_kernels.attention_terms import Rule, Tables, Tokens
+from clex_kernels.config import check_flag
 from clex_kernels.decode_checks import check_cache, check_choices, check_slots, check_table
 from clex_kernels.extension import library
 from clex_kernels.rotary_checks import check_no_tangent
+from clex_kernels.sharded_calls import sharded_decode
+from clex_kernels.sharding import is_dtensor
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 # train_length: the table of a sequence is that of t = ceil(length / train_length) among t = 1, 2, .., T.
@@ -130,6 +133,8 @@ def prepare_decode(
 
     They serve all calls of one step whose q and caches have these shapes, dtypes and devices, and unit stride in D.
     """
+    check_flag("return_lse", return_lse)
+    check_flag("debug", debug)
     cache = check_cache("q", q, k_cache, v_cache, block_table)
     check_choices(cache, table, rotated)
     rule = check_rule(q, scale, True, window, softcap, table)
@@ -165,7 +170,7 @@ def decode_attention(
 
     On the CPU the operator allocates nothing but its output, beside memory that a thread keeps for its next call; on a
     GPU nothing waits for the device, and a captured CUDA graph stays right while kv_end, kv_start, lengths, block_table
-    and the caches are written in place.
+    and the caches are written in place. DTensors: see sharding.py.
 
     Args:
         q: [B, L, H, D], L from 0 to 16, with unit stride in D; fp32, fp16, bf16, or fp64 on the CPU (with an fp64
@@ -197,6 +202,10 @@ def decode_attention(
         ValueError: shapes, dtypes, devices or values don't fit, or a table of sampled positions came.
         RuntimeError: from backward(), or a tensor comes with a tangent.
     """
+    if is_dtensor(q):
+        terms = {"kv_end": kv_end, "kv_start": kv_start, "lengths": lengths, "block_table": block_table}
+        terms |= {"scale": scale, "window": window, "softcap": softcap, "rotated": rotated}
+        return sharded_decode(decode_attention, q, k_cache, v_cache, table, return_lse, debug, **terms)
     arguments = prepare_decode(
         *(q, k_cache, v_cache, table, kv_end, kv_start, lengths, block_table),
         *(scale, window, softcap, rotated, return_lse, debug),

@@ -36,10 +36,14 @@ def pack_qkv(module: nn.Module, names: Sequence[str] = NAMES) -> nn.Linear:
         ValueError: they differ in C, dtype, device or mode, or k and v in rows; one has hooks, a .grad or a weight that
             is another's too; or there is a qkv_proj already.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"names: expected three names, got {names!r}")
     if hasattr(module, PACKED):
         raise ValueError(f"module: expected no {PACKED} yet, got a {type(module).__name__} that has one")
     names = tuple(names)
-    rows = {name: _checked(module, name).out_features for name in names}
+    rows = {name: checked_linear(module, name).out_features for name in names}
     _check_together(module, names, rows)
     packed = _empty_projection(getattr(module, names[0]), sum(rows.values()))
     following = _modules_after(module, names[0], names)
@@ -53,11 +57,16 @@ def pack_qkv(module: nn.Module, names: Sequence[str] = NAMES) -> nn.Linear:
         first += count
     setattr(module, PACKED, packed)
     _move_to_end(module, following)
+    name_rows(module, rows)
+    return packed
+
+
+def name_rows(module: nn.Module, rows: dict[str, int]) -> None:
+    """From now on the state dict of `module` has slices of its qkv_proj, by name and number of rows, in its place."""
     if not hasattr(module, _ROWS):
         module.register_state_dict_post_hook(_unpack_state)
         module.register_load_state_dict_pre_hook(_pack_state)
     setattr(module, _ROWS, rows)
-    return packed
 
 
 def unpack_qkv(module: nn.Module) -> None:
@@ -68,7 +77,7 @@ def unpack_qkv(module: nn.Module) -> None:
     rows = getattr(module, _ROWS, {})
     if not rows:
         raise ValueError(f"module: expected one that pack_qkv packed, got {type(module).__name__}")
-    packed, following = _checked(module, PACKED), _modules_after(module, PACKED, (PACKED,))
+    packed, following = checked_linear(module, PACKED), _modules_after(module, PACKED, (PACKED,))
     delattr(module, PACKED)
     # without rows the hooks, which stay, find nothing to do.
     setattr(module, _ROWS, {})
@@ -129,7 +138,7 @@ def _pack_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
             state[f"{prefix}{PACKED}.{kind}"] = torch.cat(parts)
 
 
-def _checked(module: nn.Module, name: str) -> nn.Linear:
+def checked_linear(module: nn.Module, name: str) -> nn.Linear:
     """The projection of that name, if it does what its weight and bias say and nothing else."""
     linear = getattr(module, name, None)
     if type(linear) is not nn.Linear:

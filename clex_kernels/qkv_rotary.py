@@ -28,9 +28,12 @@ from torch.autograd.function import once_differentiable
 
 from clex_kernels.attention_terms import Tables
 from clex_kernels.autocast import autocast
+from clex_kernels.deterministic import fixed_products
 from clex_kernels.extension import library
 from clex_kernels.qkv_rotary_checks import KEYS, OneOrThree, Weights, check_choices, check_projection
 from clex_kernels.rotary_checks import check_no_tangent, check_positions, stacked
+from clex_kernels.sharded_calls import sharded_projection
+from clex_kernels.sharding import is_dtensor
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 # tokens up to which a GPU waits for the weights, whatever multiplies them.
@@ -127,7 +130,7 @@ def _run_below_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
 
     That takes 0.1 ms where weights have just emptied the caches (one token of Llama-3-8B: 1.5 ms, 2 cores of Zen 4).
     """
-    with torch._C._AutoDispatchBelowAutograd():
+    with fixed_products(), torch._C._AutoDispatchBelowAutograd():
         return torch.ops.clex.qkv_rotary.default(*arguments)
 
 
@@ -167,6 +170,7 @@ def _gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dk_raw: Tensor | No
     return *_product_gradients(ctx, x, weights, dqkv), None if q is None else dfreq, *[None] * 11
 
 
+@fixed_products()
 def _product_gradients(ctx: Any, x: Tensor | None, weights: list[Tensor | None], dqkv: Tensor) -> list[Tensor | None]:
     """dx and the gradients of weights and biases, where they are needed."""
     needs_x, *needs = ctx.needs_input_grad[: 1 + _WEIGHTS]
@@ -267,7 +271,8 @@ def qkv_rotary(
     q, k and v share memory: each keeps all three alive, and in eager code may be written to in place. What follows
     tells `attention` what has been rotated: rotated="qk", or with raw keys rotated="q", as for decode_attention over
     raw cached keys.
-    Reentrant checkpointing: see apply_rotary.
+    Reentrant checkpointing: see apply_rotary. DTensors: see sharding.py; heads are split by three weights with
+    Shard(0), and where these outnumber G, k and v have a head for each rank, of which n / G are the same.
 
     Args:
         x: [B, L, C], fp32, fp16, bf16, or fp64 on the CPU (with an fp64 table). Under autocast x, weight and bias are
@@ -294,6 +299,10 @@ def qkv_rotary(
         ValueError: shapes, dtypes or devices don't fit, or a position lies outside the table.
         RuntimeError: a forward-mode or a second derivative is asked for.
     """
+    if is_dtensor(x):
+        terms = {"offset": offset, "keys": keys, "backend": backend}
+        heads = (num_heads, num_kv_heads)
+        return sharded_projection(qkv_rotary, x, weight, table, *heads, bias, position_ids, debug, **terms)
     x, *cast = autocast(x, *Weights.of(weight, bias))
     weights = Weights(*cast)
     dims = check_projection(x, weights, table, num_heads, num_kv_heads)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from clex_kernels.config import check_flag
 from clex_kernels.extension import library
 from clex_kernels.rotary_checks import (
     check_in_place,
@@ -31,6 +32,8 @@ from clex_kernels.rotary_checks import (
     check_positions,
     stacked,
 )
+from clex_kernels.sharded_calls import sharded_rotary
+from clex_kernels.sharding import is_dtensor
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 library.define(
@@ -324,7 +327,7 @@ def apply_rotary(
     out: tuple[Tensor, Tensor | None] | None = None,
     debug: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Rotates q and k; differentiable in q, k and the table's freq.
+    """Rotates q and k; differentiable in q, k and the table's freq. DTensors: see sharding.py.
 
     Reentrant checkpointing sends gradients only to tensors it is given, and runs the graph behind others once per
     layer: where the table's freq is computed, as by `sample`, pass it by itself and use dataclasses.replace(table,
@@ -351,6 +354,9 @@ def apply_rotary(
         ValueError: shapes, devices or strides don't fit, or a position lies outside the table.
         RuntimeError: a leaf that requires grad is rotated in place, or a forward-mode derivative is asked for.
     """
+    check_flag("inplace", inplace)
+    if is_dtensor(q):
+        return sharded_rotary(apply_rotary, q, k, table, position_ids, inplace, out, debug, offset)
     check_operand("q", q, q)
     if k is not None:
         check_operand("k", k, q)
