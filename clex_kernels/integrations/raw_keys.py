@@ -21,6 +21,7 @@ from clex_kernels.decode_checks import MAX_NEW_TOKENS
 from clex_kernels.integrations.families import RAW, pass_raw
 from clex_kernels.integrations.growing_cache import let_grow
 from clex_kernels.integrations.recompute import empty, find_inputs, remember
+from clex_kernels.integrations.split import WHOLE, Split
 from clex_kernels.integrations.steps import Step, Tokens, find_tokens, mask_of
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
@@ -44,13 +45,15 @@ class Frequencies(Protocol):
 class RawKeyRotary(nn.Module):
     """Stands where a model's rotary embedding stood; `plain` is that one.
 
-    Its two hooks on the base model's forward make the Step and mark caches that hold raw keys.
+    Its two hooks on the base model's forward make the Step and mark caches that hold raw keys. `split` says over which
+    ranks heads and sequences are split.
     """
 
-    def __init__(self, plain: nn.Module, frequencies: Frequencies):
+    def __init__(self, plain: nn.Module, frequencies: Frequencies, split: Split = WHOLE):
         super().__init__()
         self.plain = plain
         self.frequencies = frequencies
+        self.split = split
         self._handles: list[Any] = []
 
     def attach(self, base: PreTrainedModel) -> None:
@@ -74,22 +77,28 @@ class RawKeyRotary(nn.Module):
     def _begin(
         self, base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**kwargs, _STEP: self._step(base, args, kwargs)}
+        kwargs = {**kwargs, _STEP: self._step(base, args, kwargs)}
+        if self.split.tokens is not None and "use_cache" not in _arguments(base, args, {}):
+            # a cache of one rank's tokens is of no use.
+            kwargs["use_cache"] = False
+        return args, kwargs
 
     @torch.compiler.disable(reason="clex_kernels: masks are read and tables built outside, and enter as arguments")
     def _step(self, base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         given = _arguments(base, args, kwargs)
         _check_call(base, given)
+        if self.split.tokens is not None:
+            _check_uncached(given)
         # anew, for a copy of a patched model or one from a file.
         pass_raw(base)
         if given["cache"] is not None:
             let_grow(given["cache"])
-        tokens = find_tokens(given)
-        table = self.frequencies.table(base, tokens)
+        tokens = find_tokens(given, self.split)
+        table = self.split.share(self.frequencies.table(base, tokens))
         if table.log_scale and tokens.lengths is None:
             # a layer with a window does not hold all tokens that the scale counts.
             tokens = tokens._replace(lengths=torch.full((tokens.batch,), tokens.end, device=table.device))
-        step = Step(table, tokens, {}, self.frequencies.state(base, tokens))
+        step = Step(table, tokens, {}, self.frequencies.state(base, tokens), self.split)
         if given["cache"] is not None:
             if step.state is not None:
                 _renew(base, given, step)
@@ -130,7 +139,10 @@ def _renew(base: PreTrainedModel, given: dict[str, Any], step: Step) -> None:
     mask = mask_of(given.get("attention_mask"))
     again = {**inputs.renew(step.state), "attention_mask": None if mask is None else mask[:, :past]}
     tokens = find_tokens({**again, "cache": cache})
-    base.forward(**again, **{cache_name(type(base)): cache, "use_cache": True, _STEP: Step(step.table, tokens, {})})
+    base.forward(
+        **again,
+        **{cache_name(type(base)): cache, "use_cache": True, _STEP: step._replace(tokens=tokens, kept={}, state=None)},
+    )
 
 
 def _arguments(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -191,6 +203,15 @@ def _check_call(base: PreTrainedModel, given: dict[str, Any]) -> None:
         _check_checkpointing(base.layers[0], cache)
 
 
+def _check_uncached(given: dict[str, Any]) -> None:
+    if given["cache"] is not None or given.get("use_cache"):
+        got = "use_cache=True" if given["cache"] is None else "one"
+        raise ValueError(
+            f"cache: expected none where sequences are split over ranks (shard_context), got {got}; decode with an"
+            " unsplit model, or over split_decode_attention"
+        )
+
+
 def _check_checkpointing(layer: nn.Module, cache: Cache | None) -> None:
     checkpoint = layer._gradient_checkpointing_func
     if isinstance(checkpoint, partial) and checkpoint.keywords.get("use_reentrant", False):
@@ -230,7 +251,10 @@ def _attend(
         raise ValueError("is_causal: expected True, since causality goes by index here, got False")
     window = kwargs["sliding_window"] if "sliding_window" in kwargs else _window_of(module)
     step = step.on(query.device)
+    _check_heads(module, query, step.split)
     q, k, v = (x.transpose(1, 2) for x in autocast(query, key, value))
+    if step.split.tokens is not None:
+        return _attend_in_a_ring(q, k, v, step, dropout, scale=scaling, window=window, softcap=softcap), None
     if q.shape[1] <= MAX_NEW_TOKENS and not torch.is_grad_enabled():
         return step.decode(q, k, v, scaling, window, softcap), None
     end, start = step.slots(k.shape[1])
@@ -239,6 +263,27 @@ def _attend(
     bounds = {"kv_start": start, "kv_end": end, "lengths": step.tokens.lengths}
     options = {"scale": scaling, "window": window, "softcap": softcap, "dropout_p": float(dropout)}
     return attention(q, k, v, step.table, is_causal=True, **bounds, **options), None
+
+
+def _attend_in_a_ring(q: Tensor, k: Tensor, v: Tensor, step: Step, dropout: float, **options: Any) -> Tensor:
+    # not every build of torch has torch.distributed.
+    from clex_kernels.distributed.context import ring_attention
+
+    if dropout:
+        raise ValueError(f"dropout: expected 0, since the fused attention has none, got {dropout}")
+    places = {"kv_start": step.tokens.start, "lengths": step.tokens.lengths}
+    return ring_attention(q, k, v, step.table, step.split.tokens.group, **places, **options)
+
+
+def _check_heads(module: nn.Module, query: Tensor, split: Split) -> None:
+    """That the heads here are those that `split` says; else gradients to the frequencies would not be summed."""
+    ranks = 1 if split.heads is None else split.heads.size
+    heads = getattr(module.config, "num_attention_heads", query.shape[1])
+    if query.shape[1] * ranks != heads:
+        raise ValueError(
+            f"heads: expected {heads} of them over {ranks} ranks, got {query.shape[1]} here; split them by shard_heads,"
+            " or by transformers' plan before apply_clex or apply_raw_key_cache, which take the outermost model then"
+        )
 
 
 def _window_of(module: nn.Module) -> int | None:

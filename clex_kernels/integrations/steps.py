@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from clex_kernels.decode import prepare_decode
+from clex_kernels.integrations.split import WHOLE, Split
 from clex_kernels.tables import RotaryTable, RotaryTableStack, on_host
 
 
@@ -44,12 +45,14 @@ class Step(NamedTuple):
 
     kept: what one of them worked out for the others.
     state: [B] or [1], the same for equal frequencies; None where cached tokens are never computed anew.
+    split: over which ranks heads and tokens are split.
     """
 
     table: RotaryTable | RotaryTableStack
     tokens: Tokens
     kept: dict[Any, Any]
     state: Tensor | None = None
+    split: Split = WHOLE
 
     def on(self, device: torch.device) -> "Step":
         """The step where a layer is, in a model over several devices."""
@@ -57,7 +60,7 @@ class Step(NamedTuple):
             return self
         if device not in self.kept:
             moved = pytree.tree_map_only(Tensor, lambda x: x.to(device), (self.table, self.tokens))
-            self.kept[device] = Step(*moved, {})
+            self.kept[device] = Step(*moved, {}, split=self.split)
         return self.kept[device]
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, *numbers: Any) -> Tensor:
@@ -78,8 +81,11 @@ class Step(NamedTuple):
         return (end - dropped).expand(self.tokens.batch), None if start is None else (start - dropped).clamp(min=0)
 
 
-def find_tokens(given: Mapping[str, Any]) -> Tokens:
+def find_tokens(given: Mapping[str, Any], split: Split = WHOLE) -> Tokens:
     """Where the tokens of a forward stand, from its arguments by name.
+
+    Where sequences are split over ranks, the arguments are one rank's, and what comes out is of the whole sequences:
+    masks and positions, where they are given, are gathered.
 
     Masks and positions on a device, where they are given, are looked at once per prompt and training step, which waits
     for the device, and not while decoding.
@@ -90,22 +96,25 @@ def find_tokens(given: Mapping[str, Any]) -> Tokens:
     x = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     if x is None:
         raise ValueError("input_ids, inputs_embeds: expected one of them, got neither")
-    batch, new = x.shape[:2]
+    batch, new = x.shape[0], x.shape[1] * split.token_ranks
     cache = given["cache"]
     past = 0 if cache is None else cache.get_seq_length()
     if isinstance(past, Tensor):
         past = int(past) if on_host(past) else past.reshape(1).to(x.device)
     end = past + new
     most = end if isinstance(end, int) else cache.layers[0].max_cache_len
-    mask = mask_of(given.get("attention_mask"))
+    mask, position_ids = mask_of(given.get("attention_mask")), given.get("position_ids")
+    if split.tokens is not None:
+        mask = None if mask is None else split.whole((mask != 0).to(x.device, torch.uint8))
+        position_ids = None if position_ids is None else split.whole(position_ids)
     if mask is not None and (mask.shape[0] != batch or (isinstance(end, int) and mask.shape[1] != end)):
         raise ValueError(
             f"attention_mask: expected shape [B, cached and new tokens] = [{batch}, {end}], got {list(mask.shape)}"
         )
     is_first = isinstance(past, int) and past == 0
     looks = is_first or on_host(x)
-    if looks and given.get("position_ids") is not None:
-        _check_positions(given["position_ids"], mask, past, new)
+    if looks and position_ids is not None:
+        _check_positions(position_ids, mask, past, new)
     if mask is None or (looks and bool(mask.all())):
         return Tokens(batch, new, end, most, lengths=None if isinstance(end, int) else end.expand(batch))
     mask = mask.to(x.device, torch.bool)

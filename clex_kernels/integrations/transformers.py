@@ -15,6 +15,8 @@ In training mode every forward draws one t and one set of positions for all laye
 each sequence by itself.
 
 A model whose own RoPE changes with length (dynamic NTK, LongRoPE) needs one line, apply_raw_key_cache(model).
+
+Models whose heads or sequences are split over processes: see parallel.py.
 """
 
 from collections.abc import Mapping
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddingConfigMixin
 
@@ -31,6 +34,7 @@ from clex_kernels.integrations.checkpoints import read_ode_weights
 from clex_kernels.integrations.families import WITHOUT_CLEX, device_of, find_base, rotate_again
 from clex_kernels.integrations.raw_keys import IMPLEMENTATION, RawKeyRotary
 from clex_kernels.integrations.rope_types import RopeFrequencies, read_dims
+from clex_kernels.integrations.split import WHOLE, Split
 from clex_kernels.integrations.steps import Tokens
 from clex_kernels.modules import ClexRotaryEmbedding
 from clex_kernels.sampling import check_sampling
@@ -86,8 +90,9 @@ def apply_clex(
         rope.double()
     if base.config.rope_parameters["rope_type"] == "clex":
         read_ode_weights(model, rope)
+    rotary = _rotary(model, base, _ClexFrequencies(base, config, sampling))
     base.clex_layer = rope
-    RawKeyRotary(base.rotary_emb, _ClexFrequencies(base, config, sampling)).attach(base)
+    rotary.attach(base)
     base.config.rope_parameters = config.to_transformers()
     base.config.max_position_embeddings = config.train_length * config.max_factor
     model.set_attn_implementation(IMPLEMENTATION)
@@ -142,7 +147,7 @@ def apply_raw_key_cache(model: PreTrainedModel, recompute: bool | None = None) -
             "rope_parameters: expected a partial_rotary_factor that the model follows, got one that makes"
             f" {rotary_dim} channels of a head where it rotates {rotated}"
         )
-    RawKeyRotary(base.rotary_emb, frequencies).attach(base)
+    _rotary(model, base, frequencies).attach(base)
     model.set_attn_implementation(IMPLEMENTATION)
 
 
@@ -183,6 +188,7 @@ class _ClexFrequencies:
     def __init__(self, base: PreTrainedModel, config: ClexConfig, sampling: Mapping[str, Any]):
         self.config = config
         self.sampling = sampling
+        self.checked = WHOLE
         self.rope_parameters = base.config.rope_parameters
         self.max_position_embeddings = base.config.max_position_embeddings
         self.attn_implementation = base.config._attn_implementation
@@ -191,6 +197,7 @@ class _ClexFrequencies:
         # looked up anew: PEFT may have wrapped it, and then chooses whose weights these are.
         rope = base.clex_layer
         if base.training and torch.is_grad_enabled() and tokens.are_first:
+            self._check_draws(base.rotary_emb.split, rope.device)
             return rope.sample(tokens.new, **self.sampling)
         if tokens.lengths is None:
             return rope(tokens.end)
@@ -200,6 +207,12 @@ class _ClexFrequencies:
 
     def state(self, base: PreTrainedModel, tokens: Tokens) -> None:
         return None
+
+    def _check_draws(self, split: Split, device: torch.device) -> None:
+        """Once for each way to split, since it waits for the device."""
+        if self.checked != split:
+            split.check_draws(self.sampling.get("generator"), device)
+            self.checked = split
 
 
 def _check_fresh(model: PreTrainedModel, base: PreTrainedModel) -> None:
@@ -220,6 +233,15 @@ def _check_fresh(model: PreTrainedModel, base: PreTrainedModel) -> None:
         )
     if getattr(base.config, "output_attentions", False):
         raise ValueError("output_attentions: expected False, since no kernel here keeps the attention weights")
+
+
+def _rotary(model: PreTrainedModel, base: PreTrainedModel, frequencies: Any) -> RawKeyRotary:
+    # not every build of torch has torch.distributed.
+    if not dist.is_available():
+        return RawKeyRotary(base.rotary_emb, frequencies)
+    from clex_kernels.integrations.parallel import take_heads
+
+    return RawKeyRotary(base.rotary_emb, frequencies, Split(heads=take_heads(model, base)))
 
 
 def _detach(model: PreTrainedModel, kind: type, name: str) -> tuple[PreTrainedModel, Any]:
