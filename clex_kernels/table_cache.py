@@ -13,8 +13,8 @@ from clex_kernels.extension import destroy_table_cache, library
 
 library.define("fingerprint(Tensor[] tensors) -> int")
 library.define("table_cache_create(int byte_budget) -> int")
-library.define("table_cache_get(int handle, str key, int length, int fingerprint, bool pin) -> Tensor[]")
-library.define("table_cache_put(int handle, str key, int length, int fingerprint, Tensor[] tensors) -> ()")
+library.define("table_cache_get(int handle, int key, int length, int fingerprint, bool pin) -> Tensor[]")
+library.define("table_cache_put(int handle, int key, int length, int fingerprint, Tensor[] tensors) -> ()")
 library.define("table_cache_invalidate(int handle) -> ()")
 library.define("table_cache_stats(int handle) -> int[]")
 
@@ -73,8 +73,8 @@ class TableCache:
     def __init__(self, byte_budget: int):
         if isinstance(byte_budget, bool) or not isinstance(byte_budget, int):
             raise TypeError(f"byte_budget: expected an int, got {type(byte_budget).__name__}")
-        if byte_budget < 0:
-            raise ValueError(f"byte_budget: expected >= 0, got {byte_budget}")
+        if not 0 <= byte_budget < 2**63:
+            raise ValueError(f"byte_budget: expected 0 or more, below 2^63, got {byte_budget}")
         self.byte_budget = byte_budget
         self._handle: int = torch.ops.clex.table_cache_create(byte_budget)
         weakref.finalize(self, destroy_table_cache, self._handle).atexit = False
@@ -88,7 +88,7 @@ class TableCache:
         Raises RuntimeError for a miss under CUDA graph capture.
         """
         capturing = _capturing()
-        tensors = torch.ops.clex.table_cache_get(self._handle, key, length, fingerprint, pin or capturing)
+        tensors = torch.ops.clex.table_cache_get(self._handle, hash(key), length, fingerprint, pin or capturing)
         if not tensors:
             if capturing:
                 raise RuntimeError(
@@ -116,7 +116,8 @@ class TableCache:
             raise ValueError("tensors: expected tensors made outside inference mode, got inference tensors")
         for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
-        torch.ops.clex.table_cache_put(self._handle, key, length, fingerprint, [tensor.detach() for tensor in tensors])
+        detached = [tensor.detach() for tensor in tensors]
+        torch.ops.clex.table_cache_put(self._handle, hash(key), length, fingerprint, detached)
 
     def fetch(
         self, key: str, length: int, fingerprint: int, build: Callable[[], tuple[Tensor, ...]]

@@ -1,6 +1,7 @@
 #include "bindings.h"
 
 #include <memory>
+#include <string>
 #include <utility>
 
 #include "table_cache.h"
@@ -15,17 +16,18 @@ std::shared_ptr<clex::TableCache> table_cache(int64_t handle) {
   return cache;
 }
 
-// an empty list is a miss: a stored payload has at least one tensor.
-Tensors table_cache_get(int64_t handle, std::string key, int64_t length, int64_t fingerprint, bool pin) {
-  const clex::Payload payload = table_cache(handle)->get(key, length, fingerprint, pin);
+// an empty list is a miss: a stored payload has at least one tensor. A key is a number since torch's stable ABI leaks
+// every string that an operator takes, and each step of decoding looks tables up.
+Tensors table_cache_get(int64_t handle, int64_t key, int64_t length, int64_t fingerprint, bool pin) {
+  const clex::Payload payload = table_cache(handle)->get(std::to_string(key), length, fingerprint, pin);
   return payload ? *std::static_pointer_cast<Tensors>(payload) : Tensors{};
 }
 
-void table_cache_put(int64_t handle, std::string key, int64_t length, int64_t fingerprint, Tensors tensors) {
+void table_cache_put(int64_t handle, int64_t key, int64_t length, int64_t fingerprint, Tensors tensors) {
   int64_t bytes = 0;
   for (const Tensor& tensor : tensors) bytes += tensor.numel() * static_cast<int64_t>(tensor.element_size());
   auto payload = std::make_shared<Tensors>(std::move(tensors));
-  table_cache(handle)->put(key, length, fingerprint, std::move(payload), bytes);
+  table_cache(handle)->put(std::to_string(key), length, fingerprint, std::move(payload), bytes);
 }
 
 void table_cache_invalidate(int64_t handle) { table_cache(handle)->invalidate(); }
