@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from clex_kernels.attention_terms import Rule, Tables, Tokens
-from clex_kernels.rotary_checks import check_kind, check_operand, stacked
+from clex_kernels.config import check_flag, one_of
+from clex_kernels.rotary_checks import check_kind, check_operand, check_strided, stacked
 from clex_kernels.tables import MAX_LENGTH, RotaryTable, RotaryTableStack, on_host
 
 # bounds of a sequence travel as 32-bit numbers inside kernels, with room for sums.
 MAX_TOKENS = 2**29
 MAX_HEAD_DIM = 256
+# of scale and softcap: their quotient times a product of q and k still fits fp32.
+LARGEST_SCALE = 2.0**30
 ROTATED = {"none": (True, True), "q": (False, True), "k": (True, False), "qk": (False, False)}
 
 
@@ -33,9 +36,9 @@ def check_unsupported(attn_mask: object, dropout_p: float, interleaved: bool) ->
         raise ValueError(
             "attn_mask: not supported, expected None; is_causal, window, kv_start and kv_end mask by index"
         )
-    if dropout_p != 0:
+    if not isinstance(dropout_p, Real) or dropout_p != 0:
         raise ValueError(f"dropout_p: not supported, expected 0, got {dropout_p}")
-    if interleaved:
+    if interleaved is not False:
         raise ValueError("interleaved: not supported, expected pairs (x[i], x[R + i]), so interleaved=False")
 
 
@@ -62,6 +65,7 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Any, cu_seqlen
             raise ValueError(f"{name}: expected shape {expected}, got {list(x.shape)}")
         if x.device != q.device:
             raise ValueError(f"{name}: expected on q's device {q.device}, got {x.device}")
+        check_strided(name, x)
         if x.stride(3) != 1 and dims > 1 and x.numel() > 0:
             raise ValueError(f"{name}: expected unit stride in D, got strides {list(x.stride())}")
     groups = k.shape[2]
@@ -81,10 +85,8 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Any, cu_seqlen
 def check_choices(table: Any, rotated: str, backend: str, q: Tensor) -> None:
     """The kind of table, the two choices by name, and that the backend exists where q is."""
     check_kind(table)
-    if rotated not in tuple(ROTATED):
-        raise ValueError(f"rotated: expected one of {', '.join(map(repr, ROTATED))}, got {rotated!r}")
-    if backend not in ("auto", "triton", "sdpa"):
-        raise ValueError(f"backend: expected 'auto', 'triton' or 'sdpa', got {backend!r}")
+    one_of("rotated", rotated, tuple(ROTATED))
+    one_of("backend", backend, ("auto", "triton", "sdpa"))
     if backend == "triton" and q.device.type == "cpu":
         raise ValueError("backend: expected 'auto' or 'sdpa' on the CPU, got 'triton', whose kernels need a GPU")
 
@@ -93,8 +95,7 @@ def check_rule(
     q: Tensor, scale: float | None, is_causal: bool, window: int | None, softcap: float | None, table: Any
 ) -> Rule:
     """The numbers of the call, and the log-n scale that the table asks for."""
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal: expected a bool, got {type(is_causal).__name__}")
+    check_flag("is_causal", is_causal)
     if scale is None:
         scale = q.shape[3] ** -0.5
     for name, value in (("scale", scale), ("softcap", softcap)):
@@ -102,8 +103,8 @@ def check_rule(
             continue
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-        if not 0.0 < value <= torch.finfo(torch.promote_types(q.dtype, torch.float32)).max:
-            raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+        if not 1 / LARGEST_SCALE <= value <= LARGEST_SCALE:
+            raise ValueError(f"{name}: expected a finite number > 0, got {value} (2^-30 to 2^30 are taken)")
     if window is not None:
         if isinstance(window, bool) or not isinstance(window, (Integral, torch.SymInt)):
             raise TypeError(f"window: expected an int, got {type(window).__name__}")
@@ -140,8 +141,8 @@ def check_tokens(
         ("kv_start", kv_start, k.shape[1]),
         ("kv_end", kv_end, k.shape[1]),
         ("lengths", lengths, None),
-        ("q_offset", q_offset, None),
-        ("k_offset", k_offset, None),
+        ("q_offset", q_offset, MAX_LENGTH),
+        ("k_offset", k_offset, MAX_LENGTH),
     ):
         is_number = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
         if name.endswith("offset") and is_number:
@@ -171,11 +172,12 @@ def check_table(
         return freq, Tables(coarse, fine, positions, index)
     queries, ends = q.shape[1], k.shape[1]
     if operands.is_packed:
-        queries, ends = tokens.cu_seqlens_q.diff(), tokens.cu_seqlens_k.diff()
+        queries, ends = tokens.cu_seqlens_q.long().diff(), tokens.cu_seqlens_k.long().diff()
     elif tokens.kv_end is not None:
-        ends = tokens.kv_end
-    k_first = tokens.k_offset if tokens.k_offsets is None else tokens.k_offsets
-    q_first = tokens.q_offset if tokens.q_offsets is None else tokens.q_offsets
+        ends = tokens.kv_end.long()
+    # sums of 32-bit numbers would come round.
+    k_first = tokens.k_offset if tokens.k_offsets is None else tokens.k_offsets.long()
+    q_first = tokens.q_offset if tokens.q_offsets is None else tokens.q_offsets.long()
     last_key = _extreme(max, k_first + ends)
     if rotate_k and last_key > length:
         raise ValueError(
@@ -234,5 +236,5 @@ def check_per_sequence(name: str, value: Any, count: int, limit: int | None, dev
     if can_look(value, debug) and count:
         low, high = (int(bound) for bound in value.aminmax())
         if low < 0 or (limit is not None and high > limit):
-            within = ">= 0" if limit is None else f"within [0, S] = [0, {limit}]"
+            within = ">= 0" if limit is None else f"within {'[0, S] = ' * (limit < MAX_LENGTH)}[0, {limit}]"
             raise ValueError(f"{name}: expected numbers {within}, got {low} to {high}")

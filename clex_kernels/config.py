@@ -9,6 +9,8 @@ from typing import Any, Literal
 # transformers writes the dictionary under either name, and its kind under either key.
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling")
 _KIND_KEYS = ("rope_type", "type")
+# of head_dim, hidden_factor and max_factor: products of them stay below 2^63.
+LARGEST_SIZE = 2**20
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class ClexConfig:
     def __post_init__(self) -> None:
         for name in ("head_dim", "train_length", "max_factor", "hidden_factor"):
             self._store(name, _positive_integer(name, getattr(self, name)))
+            if name != "train_length" and getattr(self, name) > LARGEST_SIZE:
+                raise ValueError(f"{name}: expected at most {LARGEST_SIZE}, got {getattr(self, name)}")
+        if self.train_length * self.max_factor > 2**53:
+            tokens = f"{self.train_length} * {self.max_factor}"
+            raise ValueError(f"train_length: expected at most 2^53 for train_length * max_factor, got {tokens}")
         rotary_dim = self.head_dim if self.rotary_dim is None else _positive_integer("rotary_dim", self.rotary_dim)
         # one pair has i = R - 1 = 0: the NTK exponent i / (R - 1) does not exist.
         if rotary_dim % 2 or not 4 <= rotary_dim <= self.head_dim:
@@ -119,7 +126,8 @@ class ClexConfig:
             head_dim=head_dim,
             train_length=_needed(config, "max_position_embeddings") if train_length is None else train_length,
             max_factor=_whole(_needed(rope, "max_factor")),
-            rotary_dim=int(head_dim * _real_above("partial_rotary_factor", part, 0.0)),
+            # an infinite product has no int.
+            rotary_dim=int(min(head_dim * _real_above("partial_rotary_factor", part, 0.0), 2.0**62)),
             rope_base=_either(rope, config, "rope_theta", default=cls.rope_base),
             ntk_base=_either(rope, config, "ntk_base", default=cls.ntk_base),
             hidden_factor=_whole(_read(rope, "param_factor", default=cls.hidden_factor)),
@@ -226,6 +234,12 @@ def check_config(config: Any) -> None:
     """Raises TypeError unless `config` is a ClexConfig."""
     if not isinstance(config, ClexConfig):
         raise TypeError(f"config: expected a ClexConfig, got {type(config).__name__}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is True or False."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def check_integer(name: str, value: Any, least: int = 0, most: int = 2**53) -> int:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from clex_kernels.attention_checks import MAX_HEAD_DIM, MAX_TOKENS, ROTATED, can_look, check_per_sequence
-from clex_kernels.rotary_checks import check_kind, check_operand, stacked
+from clex_kernels.config import one_of
+from clex_kernels.rotary_checks import check_kind, check_operand, check_strided, stacked
 from clex_kernels.tables import TILE, RotaryTable, RotaryTableStack
 
 # more new tokens are a prefill, whose rows fill whole tiles of their own.
@@ -53,6 +54,7 @@ def check_cache(name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_ta
             raise ValueError(f"{other}: expected {name}'s dtype {q.dtype}, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{other}: expected on {name}'s device {q.device}, got {x.device}")
+        check_strided(other, x)
         fits = x.dim() == 4 and x.shape[3] == dims and (block_table is not None or x.shape[0] == batch)
         if not fits or x.shape != k_cache.shape:
             # in compiled code a size that enters a text is a constant: only here.
@@ -82,8 +84,7 @@ def check_choices(cache: Cache, table: Any, rotated: str) -> None:
     if cache.q.device.type != "cpu" and dims > MAX_HEAD_DIM:
         raise ValueError(f"q: expected D of at most {MAX_HEAD_DIM}, got {dims}")
     check_kind(table)
-    if rotated not in tuple(ROTATED):
-        raise ValueError(f"rotated: expected one of {', '.join(map(repr, ROTATED))}, got {rotated!r}")
+    one_of("rotated", rotated, tuple(ROTATED))
 
 
 def check_slots(

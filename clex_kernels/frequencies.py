@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clex_kernels.config import ClexConfig
+from clex_kernels.config import ClexConfig, check_config
 from clex_kernels.extension import has_cuda, library
 
 MAX_STEPS = 128
@@ -149,6 +149,7 @@ library.impl("trajectory", _trajectory_cuda, "CUDA")
 
 
 def _check_weights(up: Tensor, down: Tensor, config: ClexConfig) -> None:
+    check_config(config)
     pairs, hidden = config.pairs, config.hidden_size
     if pairs < 2:
         raise ValueError(f"config: expected at least 2 rotary pairs (rotary_dim >= 4), got {pairs}")
@@ -162,6 +163,8 @@ def _check_weights(up: Tensor, down: Tensor, config: ClexConfig) -> None:
             raise ValueError(f"{name}: expected shape {letters} = {list(shape)}, got {list(weight.shape)}")
         if weight.dtype is not torch.float32 and weight.dtype is not torch.float64:
             raise TypeError(f"{name}: expected torch.float32 or torch.float64, got {weight.dtype}")
+        if weight.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got one of layout {weight.layout}")
     if up.dtype is not down.dtype:
         raise TypeError(f"down: expected the dtype of up, {up.dtype}, got {down.dtype}")
     if up.device != down.device:
@@ -177,6 +180,8 @@ def _check_times(times: Tensor, other: str, device: torch.device) -> None:
         raise TypeError(f"times: expected torch.float64, got {times.dtype}")
     if times.device != device:
         raise ValueError(f"times: expected the device of {other}, {device}, got {times.device}")
+    if times.layout is not torch.strided:
+        raise TypeError(f"times: expected a dense tensor, got one of layout {times.layout}")
 
 
 def _check_values(up: Tensor, down: Tensor, times: Tensor | None) -> None:

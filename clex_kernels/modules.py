@@ -21,8 +21,8 @@ from clex_kernels.attention_layer import ClexAttention
 from clex_kernels.config import ClexConfig, check_config, check_integer
 from clex_kernels.frequencies import evaluate, solve_frequencies, trajectory
 from clex_kernels.sampling import check_sampling, draw_positions, draw_times
-from clex_kernels.tables import CacheStats, RotaryTable, RotaryTableStack, TableCache, weights_fingerprint
-from clex_kernels.weights import OdeProjection, are_plain
+from clex_kernels.tables import MAX_LENGTH, CacheStats, RotaryTable, RotaryTableStack, TableCache, weights_fingerprint
+from clex_kernels.weights import OdeProjection, are_plain, check_device
 
 __all__ = ["ClexAttention", "ClexRotaryEmbedding"]
 
@@ -51,6 +51,7 @@ class ClexRotaryEmbedding(nn.Module):
     def __init__(self, config: ClexConfig, device: torch.device | str | None = None, cache_bytes: int = 256 << 20):
         super().__init__()
         check_config(config)
+        check_device(device)
         self.config = config
         self.proj_func = OdeProjection(config, device)
         # with max_factor = 1 the solution would end where it starts and have no step to read.
@@ -164,6 +165,9 @@ class ClexRotaryEmbedding(nn.Module):
             TypeError, ValueError: an argument is of the wrong type or out of range.
         """
         length = check_integer("length", length, least=1)
+        if length * self.config.max_factor > MAX_LENGTH:
+            expected = f"length * max_factor of at most {MAX_LENGTH}"
+            raise ValueError(f"length: expected {expected}, got {length} * {self.config.max_factor}")
         count = 1 if batch is None else check_integer("batch", batch, least=1)
         check_sampling(generator, positions, factors, plain_share)
         times = draw_times(self.config, count, generator, factors, plain_share)

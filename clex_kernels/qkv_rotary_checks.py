@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clex_kernels.rotary_checks import DTYPES, check_kind
+from clex_kernels.config import one_of
+from clex_kernels.rotary_checks import DTYPES, check_kind, check_strided
 
 # by name: whether rotated keys are given, and whether raw ones are.
 KEYS = {"rotated": (True, False), "raw": (False, True), "both": (True, True)}
@@ -59,8 +60,7 @@ class Weights(NamedTuple):
 def check_choices(x: Tensor, keys: str, backend: str) -> None:
     """The two choices by name, and that the backend exists where x is."""
     for name, value, choices in (("keys", keys, tuple(KEYS)), ("backend", backend, BACKENDS)):
-        if value not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        one_of(name, value, choices)
     if backend == "triton" and x.device.type == "cpu":
         raise ValueError("backend: expected 'auto' or 'linear' on the CPU, got 'triton', whose kernels need a GPU")
 
@@ -100,6 +100,7 @@ def _check_input(x: Tensor) -> None:
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES or (x.dtype == torch.float64 and x.device.type == "cuda"):
         raise TypeError(f"x: expected float32, float16, bfloat16, or float64 on the CPU, got {x.dtype}")
+    check_strided("x", x)
     if x.dim() != 3 or x.shape[2] == 0:
         raise ValueError(f"x: expected shape [B, L, C], C at least 1, got {list(x.shape)}")
 
@@ -117,6 +118,7 @@ def _head_dim(x: Tensor, name: str, weight: Any, heads: int, rows: str) -> int:
 def _check_operand(name: str, operand: Any, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
     if not isinstance(operand, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(operand).__name__}")
+    check_strided(name, operand)
     if operand.shape != shape:
         if operand.dim() == 2 and operand.shape[0] == shape[0]:
             raise ValueError(

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from clex_kernels.tables import RotaryTable, RotaryTableStack, check_index, on_host
+from clex_kernels.config import check_flag
+from clex_kernels.tables import RotaryTable, RotaryTableStack, check_index, check_log_scale, on_host
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -21,6 +22,7 @@ def check_operand(name: str, x: Tensor, q: Tensor) -> None:
         raise error(f"{name}: expected q's {q.dtype} on {q.device}, got {x.dtype} on {x.device}")
     if x.dtype not in DTYPES or (x.dtype == torch.float64 and x.device.type == "cuda"):
         raise TypeError(f"{name}: expected float32, float16, bfloat16, or float64 on the CPU, got {x.dtype}")
+    check_strided(name, x)
     heads = "H" if name == "q" else "G"
     if x.dim() != 4:
         raise ValueError(f"{name}: expected shape [B, L, {heads}, D], got {list(x.shape)}")
@@ -29,6 +31,12 @@ def check_operand(name: str, x: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name}: expected shape [B={b}, L={length}, G, D={d}] as q's, got {list(x.shape)}")
     if x.shape[3] > 1 and x.stride(3) != 1 and x.numel() > 0:
         raise ValueError(f"{name}: expected unit stride in D, got strides {list(x.stride())}")
+
+
+def check_strided(name: str, x: Tensor) -> None:
+    """That x is dense: neither sparse nor nested."""
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {x.layout}")
 
 
 def check_no_tangent(function: str, *tensors: Tensor | None) -> None:
@@ -40,9 +48,20 @@ def check_no_tangent(function: str, *tensors: Tensor | None) -> None:
 
 
 def check_kind(table: RotaryTable | RotaryTableStack) -> None:
-    """That a table is one."""
+    """That a table is one, also if it was put together by hand."""
     if not isinstance(table, (RotaryTable, RotaryTableStack)):
         raise TypeError(f"table: expected a RotaryTable or RotaryTableStack, got {type(table).__name__}")
+    more = isinstance(table, RotaryTableStack)
+    for name, dims in (("freq", 1), ("coarse", 3), ("fine", 3), ("positions", 1)):
+        x = getattr(table, name)
+        if x is None and name == "positions":
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"table: expected a tensor {name}, got {type(x).__name__}")
+        check_strided("table", x)
+        if x.dim() != dims + more:
+            raise ValueError(f"table: expected {name} with {dims + more} dimensions, got {list(x.shape)}")
+    check_log_scale(table.log_scale, table.train_length)
 
 
 def stacked(
@@ -58,23 +77,31 @@ def stacked(
     q has the dtype and the device of what is rotated, heads of D = dims.
     """
     check_kind(table)
+    check_flag("debug", debug)
     rotary_dim = 2 * table.coarse.shape[-1]
     if rotary_dim > dims:
         raise ValueError(f"table: expected a rotary dimension 2R of at most D={dims}, got {rotary_dim}")
     wanted = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if table.coarse.dtype != wanted:
-        raise TypeError(f"table: expected dtype {wanted} for q of {q.dtype}, got {table.coarse.dtype}")
-    if table.coarse.device != q.device:
-        raise ValueError(f"table: expected it on q's device {q.device}, got {table.coarse.device}")
+    for x in (table.coarse, table.fine):
+        if x.dtype != wanted:
+            raise TypeError(f"table: expected dtype {wanted} for q of {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"table: expected it on q's device {q.device}, got {x.device}")
+        if x.requires_grad:
+            raise ValueError("table: expected cosines and sines without gradients, which freq carries, got some")
+    tensors = table.freq, table.coarse, table.fine, table.positions
     if isinstance(table, RotaryTable):
-        positions = None if table.positions is None else table.positions.unsqueeze(0)
-        tensors = table.freq.unsqueeze(0), table.coarse.unsqueeze(0), table.fine.unsqueeze(0), positions
-        check_shapes(*tensors)
+        tensors = tuple(x if x is None else x.unsqueeze(0) for x in tensors)
+    check_shapes(*tensors)
+    for name, x in (("freq", table.freq), ("positions", table.positions)):
+        if x is not None and (x.dtype != torch.float64 or x.device != q.device):
+            error = TypeError if x.dtype != torch.float64 else ValueError
+            raise error(f"table: expected {name} of torch.float64 on {q.device}, got {x.dtype} on {x.device}")
+    if isinstance(table, RotaryTable):
         return *tensors, None
-    check_shapes(table.freq, table.coarse, table.fine, table.positions)
     if not picks_by_length:
         check_choice(table, sequences, debug)
-    return table.freq, table.coarse, table.fine, table.positions, table.index
+    return *tensors, table.index
 
 
 def check_shapes(freq: Tensor, coarse: Tensor, fine: Tensor, positions: Tensor | None) -> None:
@@ -88,6 +115,9 @@ def check_shapes(freq: Tensor, coarse: Tensor, fine: Tensor, positions: Tensor |
             "table: expected freq [T, R], coarse [T, C, 2, R], fine [T, F, 2, R] and positions [T, C F] or None"
             f" as from_frequencies makes them, got {', '.join(map(str, shapes))} (a single table counted as T = 1)"
         )
+    for name, x in (("coarse", coarse), ("fine", fine)):
+        if x.stride(3) != 1 or x.stride(2) != pairs:
+            raise ValueError(f"table: expected dense rows [2, R] in {name}, got strides {list(x.stride())}")
 
 
 def check_choice(table: RotaryTableStack, sequences: int, debug: bool) -> None:
@@ -133,7 +163,9 @@ def check_positions(q: Tensor, length: int, position_ids: Tensor | None, offset:
 
 
 def check_writable(name: str, x: Tensor) -> None:
-    """That no two elements of x share memory."""
+    """That no two elements of x share memory, and that it holds its numbers as they are."""
+    if not torch.compiler.is_compiling() and x.is_neg():
+        raise ValueError(f"{name}: can't be written to, since it is a view that negates; resolve_neg() it first")
     if x.is_contiguous():
         return
     dims = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]

@@ -59,9 +59,9 @@ def check_sampling(generator: torch.Generator | None, positions: str, factors: s
         raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"generator: expected one on the CPU, where t is drawn, got one on {generator.device}")
-    if positions not in ("uniform", "runs"):
+    if not isinstance(positions, str) or positions not in ("uniform", "runs"):
         raise ValueError(f"positions: expected 'uniform' or 'runs', got {positions!r}")
-    if factors not in ("integer", "continuous"):
+    if not isinstance(factors, str) or factors not in ("integer", "continuous"):
         raise ValueError(f"factors: expected 'integer' or 'continuous', got {factors!r}")
     if isinstance(plain_share, bool) or not isinstance(plain_share, Real):
         raise TypeError(f"plain_share: expected a number, got {plain_share!r}")

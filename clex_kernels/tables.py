@@ -11,6 +11,7 @@ then R sines.
 """
 
 import math
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from numbers import Real
@@ -24,6 +25,7 @@ from torch.utils import _pytree as pytree
 from clex_kernels.config import one_of
 from clex_kernels.extension import has_cuda, library
 from clex_kernels.table_cache import CacheStats, TableCache, weights_fingerprint
+from clex_kernels.weights import check_dense
 
 __all__ = ["TILE", "CacheStats", "RotaryTable", "RotaryTableStack", "TableCache", "on_host", "weights_fingerprint"]
 
@@ -97,6 +99,7 @@ def _check_number(name: str, value: object) -> None:
 def _check_freq(freq: Tensor, shape: str) -> None:
     if not isinstance(freq, Tensor):
         raise TypeError(f"freq: expected a tensor, got {type(freq).__name__}")
+    check_dense("freq", freq)
     if freq.dtype != torch.float64:
         raise TypeError(
             f"freq: expected torch.float64, got {freq.dtype}; rounding frequencies to float32 alone moves an angle by"
@@ -115,6 +118,7 @@ def _check_positions(positions: Tensor, freq: Tensor, shape: str, rows: tuple[in
         raise TypeError(f"positions: expected a tensor, got {type(positions).__name__}")
     if positions.dtype not in (torch.float64, torch.int64, torch.int32):
         raise TypeError(f"positions: expected torch.float64, torch.int64 or torch.int32, got {positions.dtype}")
+    check_dense("positions", positions)
     if positions.dim() != freq.dim() or (positions.dim() == 2 and positions.shape[0] not in rows):
         raise ValueError(f"positions: expected shape {shape}, got {list(positions.shape)}")
     if positions.device != freq.device:
@@ -138,6 +142,7 @@ def _check_amplitude(amplitude: float | Tensor, freq: Tensor, dtype: torch.dtype
     if isinstance(amplitude, Tensor):
         if amplitude.dtype != torch.float64:
             raise TypeError(f"amplitude: expected a number or a torch.float64 tensor, got {amplitude.dtype}")
+        check_dense("amplitude", amplitude)
         if amplitude.shape != freq.shape[:1] or amplitude.device != freq.device:
             expected = f"shape [T] = [{freq.shape[0]}] on {freq.device}"
             raise ValueError(f"amplitude: expected {expected}, got {list(amplitude.shape)} on {amplitude.device}")
@@ -146,7 +151,8 @@ def _check_amplitude(amplitude: float | Tensor, freq: Tensor, dtype: torch.dtype
         _check_number("amplitude", amplitude)
         values = [amplitude]
     for value in values:
-        if not 0.0 < value <= torch.finfo(dtype).max:
+        # below the smallest normal number rounding would leave little of it, or nothing.
+        if not torch.finfo(dtype).tiny <= value <= torch.finfo(dtype).max:
             raise ValueError(f"amplitude: expected a finite number > 0 of {dtype}, got {value}")
 
 
@@ -167,6 +173,8 @@ def _build(
         raise TypeError(f"length: expected an int, got {type(length).__name__}")
     elif not 0 <= length <= MAX_LENGTH:
         raise ValueError(f"length: expected 0 to {MAX_LENGTH}, got {length}")
+    elif isinstance(length, int) and 2 * freq.numel() * length // TILE * dtype.itemsize >= 2**47:
+        raise ValueError(f"length: expected tables that a process can address, got {length} for {list(freq.shape)}")
     if isinstance(amplitude, Tensor):
         coarse, fine = torch.ops.clex.tables(freq.detach(), length, positions, 1.0, dtype)
         return (amplitude[:, None, None, None] * coarse).to(dtype), fine
@@ -243,9 +251,9 @@ class RotaryTable(_Factored):
         """
         _check_freq(freq, "[R]")
         _check_number("t", t)
-        if not 1.0 <= t < math.inf:
+        if not 1.0 <= t <= sys.float_info.max:
             raise ValueError(f"t: expected a finite number >= 1, got {t}")
-        _check_log_scale(log_scale, train_length)
+        check_log_scale(log_scale, train_length)
         with _normal_mode():
             freq = _savable(freq)
             if positions is not None:
@@ -298,7 +306,7 @@ class RotaryTableStack(_Factored):
         _check_factors(t, freq)
         if index is not None:
             check_index(index, factors, freq.device)
-        _check_log_scale(log_scale, train_length)
+        check_log_scale(log_scale, train_length)
         with _normal_mode():
             freq, t = _savable(freq), _savable(t)
             index = index if index is None else _savable(index)
@@ -353,7 +361,8 @@ for _cls in (RotaryTable, RotaryTableStack):
     pytree.register_dataclass(_cls, field_names=_names, serialized_type_name=f"clex_kernels.{_cls.__name__}")
 
 
-def _check_log_scale(log_scale: bool | str, train_length: int | None) -> None:
+def check_log_scale(log_scale: bool | str, train_length: int | None) -> None:
+    """That logits can be scaled as the two say."""
     if train_length is not None:
         if isinstance(train_length, bool) or not isinstance(train_length, int):
             raise TypeError(f"train_length: expected an int, got {type(train_length).__name__}")
@@ -368,9 +377,9 @@ def _check_log_scale(log_scale: bool | str, train_length: int | None) -> None:
 
 def _check_factors(t: Tensor, freq: Tensor) -> None:
     if not isinstance(t, Tensor) or t.dtype != torch.float64:
-        raise TypeError(
-            f"t: expected a torch.float64 tensor, got {t.dtype if isinstance(t, Tensor) else type(t).__name__}"
-        )
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"t: expected a torch.float64 tensor, got {got}")
+    check_dense("t", t)
     if t.shape != freq.shape[:1] or t.device != freq.device:
         expected = f"shape [T] = [{freq.shape[0]}] on {freq.device}"
         raise ValueError(f"t: expected {expected}, got {list(t.shape)} on {t.device}")

@@ -49,6 +49,24 @@ class OdeProjection(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def check_dense(name: str, x: Tensor) -> None:
+    """Raises TypeError for a sparse or nested tensor."""
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {x.layout}")
+
+
+def check_device(device: Any) -> None:
+    """Raises TypeError or ValueError unless torch knows `device`, or it is None."""
+    if device is None or isinstance(device, torch.device):
+        return
+    if isinstance(device, bool) or not isinstance(device, (str, int)):
+        raise TypeError(f"device: expected a torch.device, a string or None, got {type(device).__name__}")
+    try:
+        torch.device(device)
+    except (RuntimeError, OverflowError, ValueError) as error:
+        raise ValueError(f"device: expected one that torch knows, got {device!r}") from error
+
+
 def plain_frequencies(config: ClexConfig, device: torch.device | str = "cpu") -> Tensor:
     """Those of plain RoPE, b^(-i/R), [R] fp64 in rad/token."""
     return config.rope_base ** -(torch.arange(config.pairs, dtype=torch.float64, device=device) / config.pairs)

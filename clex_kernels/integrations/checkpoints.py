@@ -1,12 +1,8 @@
 """The ODE's weights in the checkpoint that a model was loaded from; from_pretrained passes over them."""
 
-import json
 from pathlib import Path
 from warnings import warn
-from zipfile import is_zipfile
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import (
@@ -17,6 +13,7 @@ from transformers.utils import (
     cached_file,
 )
 
+from clex_kernels.integrations.checkpoint_files import read_index, read_tensors
 from clex_kernels.modules import ClexRotaryEmbedding
 
 # the order in which transformers looks for weights.
@@ -31,7 +28,7 @@ def read_ode_weights(model: PreTrainedModel, rope: ClexRotaryEmbedding) -> None:
     Warns if the checkpoint has no such weights, which is right for a plain one that training with CLEX starts from.
 
     Raises:
-        ValueError: no file of weights is found, or those of the ODE have other shapes than the config says.
+        ValueError: no file of weights is found, one is malformed, or the ODE's have other shapes than the config says.
     """
     source = model.config._name_or_path
     if not source:
@@ -65,9 +62,12 @@ def _find(source: str, revision: str | None) -> dict[str, Tensor]:
         )
     paths = [path]
     if path.suffix == ".json":
-        shards = json.loads(path.read_text())["weight_map"]
-        names = {shard for name, shard in shards.items() if name.endswith(ODE_NAMES)}
-        paths = [path for name in sorted(names) if (path := _locate(source, name, revision))]
+        index = dict(sorted(read_index(path).items()))
+        shards = {shard: _locate(source, shard, revision) for name, shard in index.items() if name.endswith(ODE_NAMES)}
+        missing = [shard for shard, place in shards.items() if place is None]
+        if missing:
+            raise ValueError(f"{path}: expected the files it names, got no {', '.join(missing)}")
+        paths = list(shards.values())
     found = {name: value for path in paths for name, value in _read(path).items()}
     return found if len(found) == len(ODE_NAMES) else {}
 
@@ -85,12 +85,10 @@ def _locate(source: str, name: str, revision: str | None) -> Path | None:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """The ODE's weights in one file, by their names within the module."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            found = {name: file.get_tensor(name) for name in names if name.endswith(ODE_NAMES)}
-    else:
-        # files of torch < 1.6 can't be mapped.
-        tensors = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
-        found = {name: value for name, value in tensors.items() if name.endswith(ODE_NAMES)}
-    return {name.split("clex_layer.")[-1]: value for name, value in found.items()}
+    found = {name.split("clex_layer.")[-1]: value for name, value in read_tensors(path, ODE_NAMES).items()}
+    for name, value in found.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{path}: {name}: expected floating-point numbers, got {value.dtype}")
+        if not value.isfinite().all():
+            raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or infinity")
+    return found

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -37,6 +37,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from clex_kernels.config import ClexConfig, one_of
+from clex_kernels.integrations.checkpoint_files import read_index, read_json, read_tensors
 from clex_kernels.integrations.checkpoints import ODE_NAMES, WEIGHT_FILES
 from clex_kernels.weights import are_plain
 
@@ -97,13 +98,16 @@ def convert(
     if target.is_symlink() or (any(target.iterdir()) if target.is_dir() else target.exists()):
         raise ValueError(f"target: expected a new or an empty directory, got {target}, which is neither")
     path = source / CONFIG_NAME
-    given = _read_json(path)
+    given = read_json(path)
     try:
         model = _stock_config(given)
         config = ClexConfig.from_transformers(model)
         _check_log_scale(given)
         written = (_for_transformers if to == "transformers" else _for_authors)(given, model, config)
-    except (TypeError, ValueError) as error:
+        # what can't be written is found before anything is.
+        json.dumps(written)
+    # of settings that are no numbers, or none that go together.
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     shards = _find_shards(source)
     _check_weights(shards, config)
@@ -227,16 +231,11 @@ def _find_shards(source: Path) -> dict[Path, set[str]]:
         raise ValueError(f"{source}: expected one of the files {', '.join(WEIGHT_FILES)}, got none")
     if path.suffix != ".json":
         return {path: set()}
-    places = _read_json(path).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f'{path}: expected a "weight_map" from tensors to files, got {type(places).__name__}')
     shards: dict[Path, set[str]] = {}
-    for name, file in places.items():
-        # an index has no business outside of its directory.
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{path}: {name}: expected the name of a file beside the index, got {file!r}")
+    for name, file in read_index(path).items():
         shards.setdefault(source / file, set()).add(name)
-    missing = [shard.name for shard in shards if not shard.is_file()]
+    # a name may also be too long for a file, which Path.is_file does not take.
+    missing = sorted(shard.name for shard in shards if not os.path.isfile(shard))
     if missing:
         raise ValueError(f"{path}: expected the files it names, got no {', '.join(missing)}")
     return dict(sorted(shards.items()))
@@ -247,7 +246,7 @@ def _check_weights(shards: Mapping[Path, set[str]], config: ClexConfig) -> None:
     shapes = dict(zip(ODE_NAMES, ([pairs, hidden], [hidden, pairs]), strict=True))
     places: dict[str, Path] = {}
     for shard, promised in shards.items():
-        tensors = _load_shard(shard)
+        tensors = read_tensors(shard)
         for name in sorted(promised - tensors.keys()):
             raise ValueError(f"{shard}: {name}: expected, since the index says so, got no such tensor")
         for name, tensor in sorted(tensors.items()):
@@ -261,6 +260,8 @@ def _check_weights(shards: Mapping[Path, set[str]], config: ClexConfig) -> None:
                     f" {config.rotary_dim} and param_factor = {config.hidden_factor}, got {tensor.dtype} of shape"
                     f" {list(tensor.shape)}"
                 )
+            if shape is not None and not tensor.isfinite().all():
+                raise ValueError(f"{shard}: {name}: expected finite numbers, got NaN or infinity")
             if name.endswith(_CLEX_BUFFER) and not are_plain(tensor, config):
                 raise ValueError(
                     f"{shard}: {name}: expected the {pairs} plain frequencies of rope_theta = {config.rope_base:g},"
@@ -288,32 +289,12 @@ def _inv_freq(config: ClexConfig) -> Tensor:
     return 1.0 / config.rope_base ** (torch.arange(0, config.rotary_dim, 2).float() / config.rotary_dim)
 
 
-def _load_shard(path: Path) -> dict[str, Tensor]:
-    """Its tensors, mapped into memory but not read."""
-    try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    # a damaged file fails in many ways, and hardly one is documented.
-    except Exception as error:
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        kind = "a safetensors file" if path.suffix == ".safetensors" else "a zip file of torch.save with tensors only"
-        raise ValueError(f"{path}: expected {kind}, got {reason}") from error
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path}: expected a dictionary of tensors, got {type(tensors).__name__}")
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise ValueError(f"{path}: {name}: expected a name and a dense tensor, got {type(tensor).__name__}")
-    return tensors
-
-
 def _write_shards(shards: Mapping[Path, set[str]], directory: Path, inv_freq: Tensor | None) -> None:
     """One output per shard, and an index if there are several. `inv_freq` goes where ode_up_proj is."""
     places: dict[str, str] = {}
     size = 0
     for number, shard in enumerate(tqdm(shards, desc="converting", unit="shard", disable=len(shards) == 1), start=1):
-        tensors = {name: value for name, value in _load_shard(shard).items() if not name.endswith(_BUFFERS)}
+        tensors = {name: value for name, value in read_tensors(shard).items() if not name.endswith(_BUFFERS)}
         up = next((name for name in tensors if name.endswith(ODE_NAMES[0])), None)
         if inv_freq is not None and up is not None:
             tensors[up.removesuffix(ODE_NAMES[0]) + _CLEX_BUFFER] = inv_freq
@@ -336,16 +317,6 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         separate[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return separate
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a JSON file, got {type(error).__name__}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Random calls of every public function, and what judges them; tests/fuzz_calls.py runs them."""
