@@ -10,13 +10,13 @@ CUDA_VENV := .venv-cuda
 CUDA_PINS := "torch==2.14.1"
 CUDA_TREE := build/cuda-tree
 
-.PHONY: report test install bench lint test-cuda test-all gpu gpu-static clean
+.PHONY: report test install bench lint test-cuda test-long test-all asan tsan mutants gpu gpu-static clean
 
 report: install  ## train a small model through the ops, benchmark, write build/report/index.md
 	$(BIN)/python -m benchmarks.report
 
 test: install  ## every test that needs no GPU; on a machine with one, the same tests on it
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal -m "not long"
 
 install: $(VENV)/installed  ## the virtual environment with the package built in place
 
@@ -50,7 +50,19 @@ gpu:  ## with CUDA, in the environment of PYTHON: check and time every kernel; T
 	$(PYTHON) -m clex_kernels --require-cuda || $(PYTHON) setup.py -q build_ext --inplace --force
 	$(PYTHON) -m benchmarks.gpu_measured $(if $(filter 1,$(TUNE)),--tune)
 
-test-all: test lint test-cuda
+test-long: install  ## soak, fuzzing and properties at length
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal -m long
+
+asan: install  ## the extension built with ASan and UBSan, under the tests of the CPU
+	$(BIN)/python tests/sanitizers/address.py
+
+tsan: install  ## what threads share in csrc, under ThreadSanitizer
+	$(BIN)/python tests/sanitizers/thread.py
+
+mutants: install  ## one thing broken at a time, and which tests notice; WORDS="softcap csrc/decode": those alone
+	$(BIN)/python -m tests.mutants $(WORDS)
+
+test-all: test lint test-cuda test-long tsan asan mutants  ## all of that
 
 clean:
 	rm -rf build clex_kernels/*.so $(VENV) $(CUDA_VENV)

@@ -1,0 +1,125 @@
+"""Gradients that are lost, doubled or turned round."""
+
+from .mutant import (
+    ATTENTION,
+    ATTENTION_KERNEL,
+    FREQUENCIES,
+    QKV_GRADIENTS,
+    ROTARY,
+    ROTARY_KERNEL,
+    SAMPLING,
+    Mutant,
+)
+
+GRADIENTS = [
+    Mutant(
+        "dfreq zeroed",
+        "csrc/rotary.cpp",
+        "partial[i] += position * dangle[i];",
+        "partial[i] += 0 * position * dangle[i];",
+        ROTARY,
+    ),
+    Mutant(
+        "sign of dangle",
+        "csrc/rotary.cpp",
+        "dangle[i] += widen(dy[pairs + i]) * widen(y[i]) - widen(dy[i]) * widen(y[pairs + i]);",
+        "dangle[i] += widen(dy[i]) * widen(y[pairs + i]) - widen(dy[pairs + i]) * widen(y[i]);",
+        ROTARY,
+    ),
+    Mutant(
+        "half of dangle, native",
+        "csrc/rotary.cpp",
+        "sum = _mm512_fnmadd_ps(x0, load16(rotated + pairs + i), sum);",
+        "",
+        ROTARY,
+        "avx512_bf16",
+    ),
+    Mutant(
+        "dfreq of the last table alone",
+        "csrc/rotary.cpp",
+        "double* row = dfreq + table * call.pairs;",
+        "double* row = dfreq + (call.tables - 1) * call.pairs;",
+        ROTARY,
+    ),
+    Mutant(
+        "dfreq zeroed",
+        "clex_kernels/rotary.py",
+        "return sources, None if saved[0] is None else dfreq",
+        "return sources, None if saved[0] is None else 0 * dfreq",
+        ROTARY,
+    ),
+    Mutant(
+        "dfreq zeroed in place",
+        "clex_kernels/rotary.py",
+        "return dx, dfreq, None",
+        "return dx, None if dfreq is None else 0 * dfreq, None",
+        ROTARY,
+    ),
+    Mutant(
+        "dfreq zeroed",
+        "clex_kernels/qkv_rotary.py",
+        "None if q is None else dfreq",
+        "None if q is None else 0 * dfreq",
+        QKV_GRADIENTS,
+    ),
+    Mutant(
+        "dfreq zeroed",
+        "clex_kernels/attention_cpu.py",
+        "self.dfreq[span.table] += dfreq",
+        "self.dfreq[span.table] += 0 * dfreq",
+        ATTENTION,
+    ),
+    Mutant(
+        "dfreq from 0 far out",
+        "clex_kernels/attention_cpu.py",
+        "return positions - positions[:, span.k_position : span.k_position + 1]",
+        "return positions",
+        ATTENTION,
+    ),
+    Mutant(
+        "dfreq zeroed",
+        "clex_kernels/kernels/rotary.py",
+        "positions = tl.where(mask_l, positions, 0.0)",
+        "positions = tl.where(mask_l, positions * 0.0, 0.0)",
+        ROTARY_KERNEL,
+    ),
+    Mutant(
+        "dfreq zeroed",
+        "clex_kernels/kernels/attention_bwd_rows.py",
+        "partials = near + origin * tl.sum(dangle, axis=0).to(tl.float64)",
+        "partials = 0.0 * (near + origin * tl.sum(dangle, axis=0).to(tl.float64))",
+        ATTENTION_KERNEL,
+    ),
+    Mutant(
+        "dfreq of queries alone",
+        "clex_kernels/kernels/attention_bwd.py",
+        "if partials is not None:",
+        "if partials is not None and is_query:",
+        ATTENTION_KERNEL,
+    ),
+    Mutant(
+        "dlse ignored",
+        "clex_kernels/attention_blocks.py",
+        "delta = (dout_block * out_block).sum(-1, keepdim=True) - dlse_block",
+        "delta = (dout_block * out_block).sum(-1, keepdim=True)",
+        ATTENTION,
+    ),
+    Mutant(
+        "dlse ignored",
+        "clex_kernels/kernels/attention_bwd.py",
+        "if dlse_ptr is not None:",
+        "if dlse_ptr is None:",
+        ATTENTION_KERNEL,
+    ),
+    Mutant("sign of the ODE's adjoint", "csrc/adjoint.h", "leaving[i] += sum;", "leaving[i] -= sum;", FREQUENCIES),
+    Mutant(
+        "gradient of a step's first times alone", "csrc/adjoint.h", "leaving[i] += dz;", "leaving[i] = dz;", FREQUENCIES
+    ),
+    Mutant(
+        "gradients detached",
+        "clex_kernels/modules.py",
+        "freq = solve_frequencies(*self._weights, t, self.config)",
+        "freq = solve_frequencies(*(weight.detach() for weight in self._weights), t, self.config)",
+        SAMPLING,
+    ),
+]

@@ -1,0 +1,116 @@
+"""Signs of sines, and rotations that go the other way."""
+
+from .mutant import (
+    ATTENTION_KERNEL,
+    DECODE,
+    DECODE_KERNEL,
+    QKV,
+    QKV_KERNEL,
+    REFERENCE,
+    ROTARY,
+    ROTARY_KERNEL,
+    TABLES,
+    Mutant,
+)
+
+ROTATIONS = [
+    Mutant(
+        "sign of sin",
+        "csrc/rotary.cpp",
+        "narrow(x0 * cosine[i] - x1 * sine[i], y[i]);\n    narrow(x1 * cosine[i] + x0 * sine[i], y[pairs + i]);\n"
+        "  }\n}\n\ntemplate <class T>\nCLEX_INLINE void add_dangle",
+        "narrow(x0 * cosine[i] + x1 * sine[i], y[i]);\n    narrow(x1 * cosine[i] - x0 * sine[i], y[pairs + i]);\n"
+        "  }\n}\n\ntemplate <class T>\nCLEX_INLINE void add_dangle",
+        ROTARY,
+    ),
+    Mutant(
+        "sign of sin, native",
+        "csrc/rotary.cpp",
+        "_mm512_fnmadd_ps(x1, s, _mm512_mul_ps(x0, c))",
+        "_mm512_fmadd_ps(x1, s, _mm512_mul_ps(x0, c))",
+        ROTARY,
+        "avx512_bf16",
+    ),
+    Mutant(
+        "sign of sin in rows of the table",
+        "csrc/rotary_rows.h",
+        "sine[i] = sign * (cs * fc + cc * fs);",
+        "sine[i] = -sign * (cs * fc + cc * fs);",
+        (*ROTARY, *QKV),
+    ),
+    Mutant("backward not conjugate", "csrc/bindings_rotary.cpp", "call.conjugate = true;", "", ROTARY),
+    Mutant("sign of sin", "csrc/qkv_rotary.cpp", "y[r] = y0 * c - y1 * s;", "y[r] = y0 * c + y1 * s;", QKV),
+    Mutant(
+        "sign of sin",
+        "csrc/decode_tiles.h",
+        "y[i] = x0 * cosine - x1 * sine;",
+        "y[i] = x0 * cosine + x1 * sine;",
+        DECODE,
+    ),
+    Mutant(
+        "sign of sin of queries",
+        "csrc/decode_items.h",
+        "combined_[pairs + i] = coarse[pairs + i] * fine[i] + coarse[i] * fine[pairs + i];",
+        "combined_[pairs + i] = -coarse[pairs + i] * fine[i] - coarse[i] * fine[pairs + i];",
+        DECODE,
+    ),
+    Mutant(
+        "sign of sin, native",
+        "csrc/decode_native.h",
+        "_mm512_fnmadd_ps(x1, sine, direct0), _mm512_fmadd_ps(x0, sine, direct1)",
+        "_mm512_fmadd_ps(x1, sine, direct0), _mm512_fnmadd_ps(x0, sine, direct1)",
+        DECODE,
+        "avx512_bf16",
+    ),
+    Mutant(
+        "sign of sin in tables",
+        "csrc/tables.h",
+        "sine = (quadrant & 2) ? -sine_size : sine_size;",
+        "sine = (quadrant & 2) ? sine_size : -sine_size;",
+        TABLES,
+    ),
+    Mutant("sign of sin far out", "csrc/tables.h", "sine = s * dc + c * ds;", "sine = -(s * dc + c * ds);", TABLES),
+    Mutant(
+        "sign of sin in plain tables",
+        "clex_kernels/tables.py",
+        "torch.stack((angle.cos(), angle.sin()), dim=-2)",
+        "torch.stack((angle.cos(), -angle.sin()), dim=-2)",
+        TABLES,
+    ),
+    Mutant(
+        "sign of sin",
+        "clex_kernels/kernels/common.py",
+        "return x0 * cos - x1 * sin, x1 * cos + x0 * sin",
+        "return x0 * cos + x1 * sin, x1 * cos - x0 * sin",
+        (*ROTARY_KERNEL, *QKV_KERNEL),
+    ),
+    Mutant(
+        "backward not conjugate",
+        "clex_kernels/kernels/rotary.py",
+        "rotate(dy0, dy1, cos, -sin)",
+        "rotate(dy0, dy1, cos, sin)",
+        ROTARY_KERNEL,
+    ),
+    Mutant("conjugate ignored", "clex_kernels/kernels/rotary.py", "sin = -sin", "sin = sin", ROTARY_KERNEL),
+    Mutant(
+        "backward not conjugate",
+        "clex_kernels/kernels/attention_bwd_rows.py",
+        "rotate(dy[0], dy[1], cos, -sin)",
+        "rotate(dy[0], dy[1], cos, sin)",
+        ATTENTION_KERNEL,
+    ),
+    Mutant(
+        "queries not turned back",
+        "clex_kernels/kernels/decode.py",
+        "rotate_parts(query, row[0][None, :], -row[1][None, :])",
+        "rotate_parts(query, row[0][None, :], row[1][None, :])",
+        DECODE_KERNEL,
+    ),
+    Mutant(
+        "sign of sin",
+        "clex_kernels/reference.py",
+        "torch.cat((-x1, x0), dim=-1)",
+        "torch.cat((x1, -x0), dim=-1)",
+        REFERENCE,
+    ),
+]
