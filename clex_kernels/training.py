@@ -12,6 +12,7 @@ to 800), where the rest's was 0.9 at any t. Clipped by a joint norm, the model w
 
 import math
 import warnings
+from collections import defaultdict
 from numbers import Real
 from typing import Any
 
@@ -93,6 +94,9 @@ def param_groups(
 def clip_gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Clip the gradients of each group by that group's own norm, to its "max_norm"; nothing waits for the device.
 
+    Norms are those of whole gradients also where they are DTensors (FSDP2, tensor parallelism), of one mesh or of
+    several, beside plain ones; plain ones count once, as they are equal on all ranks. Then every rank has to call this.
+
     Args:
         optimizer: made from `param_groups`, or with "max_norm" in every group; wrapped ones (accelerate) do too. Where
             a gradient scaler is used, unscale first.
@@ -103,9 +107,55 @@ def clip_gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     Raises:
         ValueError: a group has no "max_norm".
     """
+    if not isinstance(getattr(optimizer, "param_groups", None), list):
+        raise TypeError(f"optimizer: expected a torch optimizer, got {type(optimizer).__name__}")
     if any("max_norm" not in group for group in optimizer.param_groups):
         raise ValueError('optimizer: expected "max_norm" in every group, as param_groups(model, ...) makes them')
-    return [nn.utils.clip_grad_norm_(group["params"], group["max_norm"]) for group in optimizer.param_groups]
+    return [_clip(group["params"], group["max_norm"]) for group in optimizer.param_groups]
+
+
+@torch.no_grad()
+def _clip(weights: list[Tensor], max_norm: float) -> Tensor:
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    if all(type(gradient) is Tensor for gradient in gradients):
+        return nn.utils.clip_grad_norm_(weights, max_norm)
+    norm, parts = _norm_of_parts(gradients)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    by_device = defaultdict(list)
+    for part in parts:
+        by_device[part.device].append(part)
+    for device, there in by_device.items():
+        torch._foreach_mul_(there, scale.to(device))
+    return norm
+
+
+def _norm_of_parts(gradients: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The norm [] of all gradients, of which some are DTensors, and what this rank holds of each.
+
+    One sum over ranks for every way in which they are split.
+    """
+    # takes most of a second to import.
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    ways, held = defaultdict(list), []
+    for gradient in gradients:
+        way = None
+        if isinstance(gradient, DTensor):
+            # a sum over ranks that is still to be taken has no norm yet; a scale goes into its parts all the same.
+            held.append(gradient.to_local())
+            summed = [Replicate() if place.is_partial() else place for place in gradient.placements]
+            gradient = gradient.redistribute(placements=summed)
+            way = gradient.device_mesh, tuple(Replicate() if place.is_replicate() else Partial() for place in summed)
+            gradient = gradient.to_local()
+        else:
+            held.append(gradient)
+        ways[way].append(gradient)
+    squares = []
+    for way, parts in ways.items():
+        square = nn.utils.get_total_norm(parts).double().square()
+        squares.append(square if way is None else DTensor.from_local(square, *way, run_check=False).full_tensor())
+    total = torch.stack([square.to(held[0].device) for square in squares]).sum().sqrt()
+    return total.to(held[0].dtype), held
 
 
 def _check_number(name: str, value: Any) -> None:

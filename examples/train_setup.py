@@ -38,8 +38,16 @@ class Options:
     bf16: bool = option(False, "autocast to bfloat16")
     compile: bool = option(False, "torch.compile")
     checkpointing: bool = option(False, "keep only the layers' inputs, and run layers again in the backward pass")
+    parallel: Literal["auto", "ddp", "fsdp", "tp", "cp"] = option(
+        "auto",
+        "what the processes that torchrun starts share out: rows, weights and rows, heads, or tokens; auto: rows",
+    )
+    draws: Literal["shared", "independent"] = option(
+        "shared", "whether processes with rows of their own draw a t and positions of their own for them"
+    )
     trainer: bool = option(False, "by transformers.Trainer in place of the plain loop")
     seed: int = option(0, "of weights, data, t and positions")
+    text: str = option("", "a file to train on; none: text that ships with Python, which takes seconds to collect")
     output: str = option("build/train", "where checkpoints, losses.json, losses.png and the model go")
     save_every: int = option(100, "steps from one checkpoint to the next")
     resume: bool = option(False, "go on from the last checkpoint in the output directory")
@@ -50,8 +58,8 @@ class Options:
         return Path(self.output)
 
 
-def build_model(options: Options, generator: torch.Generator | None) -> LlamaForCausalLM:
-    """A fresh Llama over bytes with CLEX, in training mode; `generator` draws t and positions (None: torch's own)."""
+def build_model(options: Options, generator: torch.Generator) -> LlamaForCausalLM:
+    """A fresh Llama over bytes with CLEX, in training mode; `generator` draws t and positions."""
     torch.manual_seed(options.seed)
     heads = options.width // HEAD_DIM
     settings = LlamaConfig(

@@ -1,11 +1,20 @@
-"""examples.train by transformers.Trainer. CLEX asks for three things:
+"""examples.train by transformers.Trainer. CLEX asks for these things:
 
 - an optimizer over param_groups, which gives the ODE its learning rate and clip;
 - max_grad_norm=0, which turns Trainer's joint clip off, and a callback that clips each group by itself;
+- a callback that puts the StepGenerator of t and positions at each step, so that a run that goes on from a checkpoint
+  draws what it would have drawn, with any number of processes;
 - ddp_find_unused_parameters=False, which is right since every parameter has a gradient in every step.
 
-t and positions come from torch's own generator. Trainer seeds it alike in all processes and keeps it in its
-checkpoints, so a run that goes on from one repeats what it would have been.
+In several processes:
+
+    accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py --trainer
+    accelerate launch --config_file examples/accelerate/fsdp.yaml examples/train.py --trainer
+
+or torchrun, which is DDP without more. The files are for two processes on CPUs, and accelerate (1.15) knows FSDP on
+GPUs only: on CPUs it takes DDP by either file, and says nothing. On GPUs set use_cpu to false and num_processes to
+their number. What fsdp.yaml says can be said under torchrun too, in TrainingArguments(fsdp=True, fsdp_config={...}).
+Where Trainer shards the model, the ODE's weights are sharded before, in fp32, as --bf16 would round them otherwise.
 """
 
 from typing import Any
@@ -16,6 +25,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from clex_kernels import clip_gradients, param_groups
+from clex_kernels.distributed import StepGenerator, shard_rotary
 from examples.train_setup import BETAS, Options, build_model, rows_per_process, warmup_steps, write_results
 
 
@@ -47,13 +57,27 @@ class ClipApart(TrainerCallback):
         clip_gradients(optimizer)
 
 
+class DrawByStep(TrainerCallback):
+    """Puts a generator at the start of every optimizer step, before its forwards."""
+
+    def __init__(self, draws: StepGenerator):
+        self.draws = draws
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What Trainer calls."""
+        self.draws.at(state.global_step)
+
+
 class ClexTrainer(Trainer):
     """Trainer whose optimizer, of the kind that args.optim says, has the ODE in a group of its own."""
 
-    def __init__(self, *args: Any, ode_lr: float, **kwargs: Any):
+    def __init__(self, *args: Any, ode_lr: float, draws: StepGenerator, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.ode_lr = ode_lr
         self.add_callback(ClipApart())
+        self.add_callback(DrawByStep(draws))
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """What Trainer calls."""
@@ -67,7 +91,10 @@ class ClexTrainer(Trainer):
 
 def make_trainer(options: Options, text: Tensor) -> ClexTrainer:
     """A Trainer of a fresh model on `text` [N]."""
-    model = build_model(options, generator=None)
+    if options.parallel != "auto":
+        raise ValueError(
+            f"parallel: expected no word of it with trainer, which asks accelerate, got {options.parallel}"
+        )
     arguments = TrainingArguments(
         output_dir=str(options.folder / "checkpoints"),
         max_steps=options.steps,
@@ -89,7 +116,13 @@ def make_trainer(options: Options, text: Tensor) -> ClexTrainer:
         report_to="none",
     )
     arguments.per_device_train_batch_size = rows_per_process(options, arguments.world_size)
-    return ClexTrainer(model=model, args=arguments, train_dataset=Windows(text, options.length), ode_lr=options.ode_lr)
+    draws = StepGenerator(options.seed, stream=arguments.process_index if options.draws == "independent" else 0)
+    own = {"ode_lr": options.ode_lr, "draws": draws}
+    model = build_model(options, draws.generator)
+    trainer = ClexTrainer(model=model, args=arguments, train_dataset=Windows(text, options.length), **own)
+    if trainer.is_fsdp_enabled:
+        shard_rotary(model.base_model.clex_layer)
+    return trainer
 
 
 def train_with_trainer(options: Options, text: Tensor) -> list[float]:

@@ -1,15 +1,14 @@
-"""The training example: interrupted, in several processes and by Trainer it is the same training."""
+"""The training example: interrupted and by Trainer it is the same training (in several processes: test_recipes)."""
 
 import itertools
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -22,10 +21,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from clex_kernels import ClexRotaryEmbedding, RotaryTable
 from clex_kernels.integrations.transformers import apply_clex
-from examples import train, train_with_trainer
+from examples import train, train_parallel, train_with_trainer
 from examples.train_setup import Options, rows_per_process
 
-ROOT = Path(__file__).parent.parent
 SIZES = {"batch": 4, "length": 16, "width": 32, "layers": 2}
 TEXT = torch.randint(97, 123, (2000,), generator=torch.Generator().manual_seed(0))
 
@@ -62,6 +60,7 @@ def record_times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return times
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_it_learns_and_leaves_its_losses_a_plot_and_a_model(tmp_path):
     options = options_in(tmp_path, steps=30, bf16=True)
     losses = train.train(options, TEXT)
@@ -70,8 +69,9 @@ def test_it_learns_and_leaves_its_losses_a_plot_and_a_model(tmp_path):
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     rope = apply_clex(model)
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
-    assert_close(model.state_dict(), state, rtol=0, atol=0)
+    loaded = {name: torch.empty_like(weight) for name, weight in model.state_dict().items()}
+    dcp.load({"model": loaded}, checkpoint_id=tmp_path / "checkpoints" / "step-00000030", no_dist=True)
+    assert_close(model.state_dict(), loaded, rtol=0, atol=0)
     assert rope.proj_func.ode_down_proj.abs().max() > 0
     assert rope.config.train_length == 16
 
@@ -88,31 +88,36 @@ def test_resumed_run_repeats_the_uninterrupted_one(tmp_path, monkeypatch, change
     assert_close(saved_weights(tmp_path / "resumed"), saved_weights(tmp_path / "whole"), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("mode", "draws", "stream"), [("ddp", "shared", 0), ("ddp", "independent", 3), ("tp", "independent", 0)]
+)
+def test_processes_with_rows_of_their_own_may_draw_for_themselves(tmp_path, monkeypatch, mode, draws, stream):
+    process = train_parallel.MODES[mode](3, 4, torch.device("cpu"))
+    monkeypatch.setattr(type(process), "wrap", lambda self, model, bf16: model)
+    assert train.start(options_in(tmp_path, draws=draws), process).draws.stream == stream
+
+
 def test_resuming_from_nothing_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint at .*checkpoint\.pt, got none"):
+    with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint in .*checkpoints, got none"):
         train.train(options_in(tmp_path, resume=True), TEXT)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="each process would ask for a GPU of its own")
-def test_two_processes_train_as_one(tmp_path, monkeypatch):
-    options = options_in(tmp_path / "two", checkpointing=True, plain_share=0.5)
-    torch.save(TEXT, tmp_path / "text.pt")
-    code = f"""
-import torch
-from examples.train import train
-from examples.train_setup import Options, rows_per_process
-train({options!r}, torch.load({str(tmp_path / "text.pt")!r}))
-"""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    log = subprocess.run([*torchrun, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert log.returncode == 0, log.stderr
-    assert log.stderr.count("training:   0%") == 1
-    times = record_times(monkeypatch)
-    expected = train.train(replace(options, output=str(tmp_path / "one")), TEXT)
-    # where t is 1 the ODE has no say, and its gradient must be there all the same for DDP.
-    assert {1.0} < set(times)
-    assert json.loads((tmp_path / "two" / "losses.json").read_text())["losses"] == pytest.approx(expected, rel=1e-5)
-    assert_close(saved_weights(tmp_path / "two"), saved_weights(tmp_path / "one"), rtol=1e-3, atol=1e-5)
+def test_checkpoint_that_was_not_finished_is_passed_over(tmp_path):
+    options = options_in(tmp_path / "run")
+    expected = train.train(options, TEXT)
+    folder = options.folder / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000006"]
+    (folder / "step-00000008").mkdir()
+    assert train.train(replace(options, resume=True), TEXT) == expected
+
+
+def test_modes_ask_for_torchrun(tmp_path):
+    with pytest.raises(
+        ValueError, match="parallel: expected processes that torchrun started for 'tp', got one without"
+    ):
+        train.train(options_in(tmp_path, parallel="tp"), TEXT)
+    with pytest.raises(ValueError, match="parallel: expected no word of it with trainer"):
+        train_with_trainer.train_with_trainer(options_in(tmp_path, parallel="ddp"), TEXT)
 
 
 def test_batch_that_cannot_be_shared_out_is_refused(tmp_path):

@@ -141,7 +141,7 @@ def _renew(base: PreTrainedModel, given: dict[str, Any], step: Step) -> None:
     tokens = find_tokens({**again, "cache": cache})
     base.forward(
         **again,
-        **{cache_name(type(base)): cache, "use_cache": True, _STEP: step._replace(tokens=tokens, kept={}, state=None)},
+        **{cache_name(type(base)): cache, "use_cache": True, _STEP: Step(step.table, tokens, {}, split=step.split)},
     )
 
 

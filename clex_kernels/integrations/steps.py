@@ -40,19 +40,25 @@ class Tokens(NamedTuple):
         return isinstance(self.end, int) and self.end == self.new
 
 
-class Step(NamedTuple):
+class Step:
     """What all layers of one forward share.
+
+    No tuple and no dataclass: in those FSDP finds tensors, and rounds what a layer is given to its param_dtype.
 
     kept: what one of them worked out for the others.
     state: [B] or [1], the same for equal frequencies; None where cached tokens are never computed anew.
     split: over which ranks heads and tokens are split.
     """
 
-    table: RotaryTable | RotaryTableStack
-    tokens: Tokens
-    kept: dict[Any, Any]
-    state: Tensor | None = None
-    split: Split = WHOLE
+    def __init__(
+        self,
+        table: RotaryTable | RotaryTableStack,
+        tokens: Tokens,
+        kept: dict[Any, Any],
+        state: Tensor | None = None,
+        split: Split = WHOLE,
+    ):
+        self.table, self.tokens, self.kept, self.state, self.split = table, tokens, kept, state, split
 
     def on(self, device: torch.device) -> "Step":
         """The step where a layer is, in a model over several devices."""
