@@ -152,15 +152,16 @@ def training(model: Model, length: int, devices: int) -> list[Training]:
 
 
 def decoding(model: Model, length: int, devices: int) -> list[Decoding]:
-    """One sequence; split-KV results are gathered with their LSE in fp32."""
+    """One sequence; with a split cache, LSEs are gathered and weighted outputs added up, in fp32."""
     weights = HALF * model.parameters
     cache = HALF * 2 * length * model.key_heads * model.dims * model.layers
     reduced = all_reduce_bytes(2 * model.layers * HALF * model.columns, devices)
-    gathered = model.layers * (devices - 1) * model.heads * (model.dims + 1) * SINGLE
+    lses, outs = (devices - 1) * model.heads * SINGLE, all_reduce_bytes(model.heads * model.dims * SINGLE, devices)
+    merged = model.layers * (lses + outs)
     return [
         Decoding("one device", weights + cache, weights + cache, 0),
         Decoding("tp: heads", (weights + cache) / devices, (weights + cache) / devices, reduced),
-        Decoding("cache split over devices", weights + cache / devices, weights + cache / devices, gathered),
+        Decoding("cache split over devices", weights + cache / devices, weights + cache / devices, merged),
     ]
 
 
