@@ -1,14 +1,13 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from clex_kernels import _C
+from clex_kernels import _C, ClexConfig
 from clex_kernels.frequencies import MAX_STEPS, evaluate, evaluations, solve_frequencies, trajectory
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -17,9 +16,11 @@ GOLDEN_TRAINING = ["training_tanh_d64", "training_silu_d128"]
 
 
 def settings(pairs, hidden, activation="tanh", rope_base=1e4, ntk_base=1e4, max_factor=16):
-    return SimpleNamespace(
-        pairs=pairs,
-        hidden_size=hidden,
+    assert hidden % (2 * pairs) == 0
+    return ClexConfig(
+        head_dim=2 * pairs,
+        train_length=64,
+        hidden_factor=hidden // (2 * pairs),
         activation=activation,
         rope_base=rope_base,
         ntk_base=ntk_base,
@@ -318,10 +319,3 @@ def test_bad_input_is_rejected_by_name(change, error, message):
         arguments[name] = edit(arguments[name])
     with pytest.raises(error, match=message):
         solve_frequencies(*arguments.values(), settings(4, 8))
-
-
-def test_one_pair_is_rejected():
-    with pytest.raises(ValueError, match="expected at least 2 rotary pairs"):
-        solve_frequencies(
-            torch.zeros(1, 2), torch.zeros(2, 1), torch.ones(1, dtype=torch.float64), settings(pairs=1, hidden=2)
-        )
