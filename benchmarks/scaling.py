@@ -32,6 +32,11 @@ HALF, SINGLE, DOUBLE = 2, 4, 8
 WEIGHT_PASSES = 4
 # forward and again two products each; backward seven, since dq and dk with dv are made by passes of their own.
 ATTENTION_PRODUCTS = 2 + 2 + 7
+# of [tokens, C] by transformers' plan, for each layer: what attention and MLP give in forward, attention's again (the
+# pass ends where nothing more is saved, before the MLP's), and the gradients of what q, k, v, gate and up take.
+LAYER_REDUCTIONS = 2 + 1 + 5
+# and of the embedding's rows and of what the head takes.
+OUTER_REDUCTIONS = 1 + 1
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,13 @@ def all_reduce_bytes(size: float, devices: int) -> float:
     return 2 * size * (devices - 1) / devices
 
 
+def heads_bytes(model: Model, length: int, devices: int) -> float:
+    """Sent by a device whose heads, MLP and vocabulary are split by transformers' plan: all-reduces, and logits."""
+    reductions = LAYER_REDUCTIONS * model.layers + OUTER_REDUCTIONS
+    logits = HALF * length * model.vocabulary * (devices - 1) / devices
+    return all_reduce_bytes(reductions * length * HALF * model.columns, devices) + logits
+
+
 def training(model: Model, length: int, devices: int) -> list[Training]:
     states = STATE_BYTES * model.parameters / devices
     shard = length // devices
@@ -135,15 +147,14 @@ def training(model: Model, length: int, devices: int) -> list[Training]:
 
     def of(name: str, tokens: int, share: int, work: float, sent: float) -> Training:
         layer = 2 * tokens * saved_per_token(model, share)
-        logits = SINGLE * tokens * model.vocabulary // share
+        # by transformers' plan every rank gathers those of the whole vocabulary.
+        logits = SINGLE * tokens * model.vocabulary
         return Training(name, states, model.layers * tokens * layer_input, layer, logits, work, sent)
 
-    # attention and MLP each reduce the output once in forward and again, and the input's gradient in backward.
-    heads_sent = all_reduce_bytes(6 * model.layers * length * layer_input, devices)
     whole = operations(model, length)
     return [
         of("fsdp, a sequence each", length, 1, whole, sharding_bytes(model, devices)),
-        of("tp", length, devices, whole / devices, heads_sent),
+        of("tp", length, devices, whole / devices, heads_bytes(model, length, devices)),
         of(
             *("cp, with fsdp over the same devices", shard, 1, whole / devices),
             ring_bytes(model, length, devices) + sharding_bytes(model, devices),
@@ -155,7 +166,9 @@ def decoding(model: Model, length: int, devices: int) -> list[Decoding]:
     """One sequence; with a split cache, LSEs are gathered and weighted outputs added up, in fp32."""
     weights = HALF * model.parameters
     cache = HALF * 2 * length * model.key_heads * model.dims * model.layers
-    reduced = all_reduce_bytes(2 * model.layers * HALF * model.columns, devices)
+    # attention, MLP and the embedding; then logits are gathered.
+    reduced = all_reduce_bytes((2 * model.layers + 1) * HALF * model.columns, devices)
+    reduced += HALF * model.vocabulary * (devices - 1) / devices
     lses, outs = (devices - 1) * model.heads * SINGLE, all_reduce_bytes(model.heads * model.dims * SINGLE, devices)
     merged = model.layers * (lses + outs)
     return [
@@ -178,12 +191,14 @@ def added(model: Model, length: int, devices: int) -> list[tuple[str, str, str]]
     (way,) = (way for way in training(model, length, devices) if way.name.startswith("cp"))
     elements = tokens * (model.heads + model.key_heads) * model.dims * model.layers
     plain, _ = counted("rotary-bfloat16-D128-R64")
-    _, forward = counted("rotary-bfloat16-D128-R64-positions")
-    _, backward = counted("rotary_bwd-bfloat16-D128-R64-positions")
-    # plain RoPE's passes, forward, again and backward, move as much as its forward pass each.
-    moved = elements * (2 * forward + backward - 3 * plain)
+    _, sampled = counted("rotary-bfloat16-D128-R64-positions")
+    _, plain_bwd = counted("rotary-float32-D128-R64")
+    _, backward = counted("rotary_bwd-float32-D128-R64")
+    # plain RoPE's backward pass moves what its forward pass does. A ring sums dq' and dk' in fp32, to which q' and k'
+    # are brought for dfreq.
+    moved = elements * (3 * (sampled - plain) + backward - plain_bwd + HALF + SINGLE)
     table = 2 * SINGLE * model.pairs * length
-    reduced = model.layers * model.pairs * DOUBLE
+    reduced = all_reduce_bytes(model.layers * model.pairs * DOUBLE, devices)
     weights = 2 * model.pairs * model.dims
     _, decode = counted("decode-bfloat16-D128-R64")
     (rotated,) = (row for row in json.loads(KEPT.read_text())["traffic"] if row["name"] == "decode-bfloat16-D128-R64")
@@ -196,7 +211,7 @@ def added(model: Model, length: int, devices: int) -> list[tuple[str, str, str]]
             size(moved),
             f"{seconds / way.seconds:.2%} of the modelled step",
         ),
-        ("dfreq, sent", size(all_reduce_bytes(reduced, devices)), f"{reduced / way.sent:.6%} of the traffic"),
+        ("dfreq, sent", size(reduced), f"{reduced / way.sent:.6%} of the traffic"),
         (
             "decoding: bytes of the tables for each key (counted)",
             f"{rotated['parts']['table'][1]:.2f} of {decode:.1f}",

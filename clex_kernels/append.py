@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 from clex_kernels.config import check_flag
 from clex_kernels.decode_checks import Cache, check_cache, check_slots
 from clex_kernels.extension import library
-from clex_kernels.rotary_checks import check_apart, check_distinct, check_no_tangent, check_writable
+from clex_kernels.rotary_checks import check_apart, check_distinct, check_no_tangent, check_strided, check_writable
 from clex_kernels.sharded_calls import sharded_append
 from clex_kernels.sharding import is_dtensor
 
@@ -49,6 +49,7 @@ def check_append(cache: Cache, v: Tensor) -> None:
         raise ValueError(
             f"v: expected k's {list(k.shape)} {k.dtype} on {k.device}, got {list(v.shape)} {v.dtype} on {v.device}"
         )
+    check_strided("v", v)
     if v.shape[3] > 1 and v.stride(3) != 1 and v.numel() > 0:
         raise ValueError(f"v: expected unit stride in D, got strides {list(v.stride())}")
     if k.shape[2] != k_cache.shape[2]:

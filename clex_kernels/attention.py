@@ -282,9 +282,9 @@ def attention(
         v: like k.
         table: angles of all sequences, or a stack with one table per sequence, by its index or else by `lengths`.
         is_causal: a query sees keys up to its own position only.
-        scale: of the logits, > 0; None: D^(-1/2).
+        scale: of the logits, 2^-30 to 2^30; None: D^(-1/2).
         window: tokens a query sees, itself included, query - window < key <= query; implies is_causal.
-        softcap: c in c tanh(logits / c), > 0.
+        softcap: c in c tanh(logits / c), 2^-30 to 2^30.
         cu_seqlens_q: [B + 1] int32 or int64, bounds of packed sequences; q is [N, H, D] or [1, N, H, D]. Tokens past
             the last bound give 0.
         cu_seqlens_k: the same of k and v.

@@ -84,6 +84,9 @@ class ClexAttention(nn.Module):
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in DTYPES):
             raise TypeError(f"dtype: expected None or one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         packed = (self.num_heads + 2 * self.num_kv_heads) * config.head_dim
+        # torch counts bytes in 64 bits.
+        if packed * self.hidden_size >= 2**44:
+            raise ValueError(f"hidden_size: expected fewer than 2^44 weights, got {packed} * {self.hidden_size}")
         self.qkv_proj = nn.Linear(self.hidden_size, packed, bias, device, dtype)
         self.o_proj = nn.Linear(self.num_heads * config.head_dim, self.hidden_size, out_bias, device, dtype)
 

@@ -53,7 +53,9 @@ class Span(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """See the module docstring."""
-        return self.softcap is None and self.window is None and (not self.is_causal or self.is_square)
+        # a log-n factor of 0, that of one token, would multiply hidden logits of -inf there.
+        fits = self.scale > 0 and (not self.is_causal or self.is_square)
+        return fits and self.softcap is None and self.window is None
 
     def of_queries(self, x: Tensor) -> Tensor:
         """The span's part of a tensor like q."""

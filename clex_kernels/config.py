@@ -36,7 +36,8 @@ class ClexConfig:
 
     Raises:
         TypeError: a field has the wrong type (a bool is no number here).
-        ValueError: a field is out of range.
+        ValueError: a field is out of range: head_dim, max_factor and hidden_factor go up to 2^20, and
+            train_length * max_factor up to 2^53, the last position that fp64 tells apart.
     """
 
     head_dim: int
@@ -172,7 +173,7 @@ def _clex_parameters(config: Any) -> Mapping[str, Any]:
         if not isinstance(rope, Mapping):
             raise TypeError(f"{field}: expected a dictionary, got {type(rope).__name__}")
         kinds = [rope[key] for key in _KIND_KEYS if key in rope]
-        if "clex" in kinds:
+        if any(isinstance(kind, str) and kind == "clex" for kind in kinds):
             return rope
         found.append(f"{field} = {dict(rope)}")
     raise ValueError(f'config: expected rope_parameters or rope_scaling of type "clex", got {found or "neither"}')

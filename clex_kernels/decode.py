@@ -186,9 +186,9 @@ def decode_attention(
         lengths: [B], token counts, which choose from the stack and enter the log_scale; None: kv_end - kv_start.
         block_table: [B, pages of a sequence] int32 or int64: which page of the pool holds slots j P to j P + P - 1.
             Entries past kv_end and before kv_start may be anything.
-        scale: of the logits; None: D^(-1/2).
+        scale: of the logits, 2^-30 to 2^30; None: D^(-1/2).
         window: tokens that a query sees, itself included; None: all.
-        softcap: c in c tanh(logits / c); None: no cap.
+        softcap: c in c tanh(logits / c), 2^-30 to 2^30; None: no cap.
         rotated: what comes rotated already and is not rotated here.
         return_lse: also return lse [B, H, L], natural logarithm, fp32 (fp64 for fp64), -inf where nothing is seen.
         debug: also check values that lie on a device, which waits for it. Without it bounds on a device are cut to the

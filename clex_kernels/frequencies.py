@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clex_kernels.config import ClexConfig, check_config
 from clex_kernels.extension import has_cuda, library
+from clex_kernels.weights import on_host
 
 MAX_STEPS = 128
 DENSE_TERMS = 7
@@ -151,8 +152,6 @@ library.impl("trajectory", _trajectory_cuda, "CUDA")
 def _check_weights(up: Tensor, down: Tensor, config: ClexConfig) -> None:
     check_config(config)
     pairs, hidden = config.pairs, config.hidden_size
-    if pairs < 2:
-        raise ValueError(f"config: expected at least 2 rotary pairs (rotary_dim >= 4), got {pairs}")
     for name, weight, shape, letters in (
         ("up", up, (pairs, hidden), "[R, M]"),
         ("down", down, (hidden, pairs), "[M, R]"),
@@ -204,11 +203,15 @@ def _solve(up: Tensor, down: Tensor, times: Tensor, config: ClexConfig) -> tuple
     _check_weights(up, down, config)
     _check_times(times, "up", up.device)
     try:
-        return torch.ops.clex.solve_frequencies(up, down, times, *_settings(config))
+        solved = torch.ops.clex.solve_frequencies(up, down, times, *_settings(config))
     except RuntimeError:
         # the CPU solver refuses bad values; which they are is looked up only now.
         _check_values(up, down, times)
         raise
+    # ln freq may be a number where freq is none.
+    if on_host(up) and not solved[0].isfinite().all():
+        raise ValueError("up, down: expected weights of finite frequencies, got some that are infinite in fp64")
+    return solved
 
 
 def solve_frequencies(up: Tensor, down: Tensor, times: Tensor, config: ClexConfig) -> Tensor:
@@ -225,7 +228,8 @@ def solve_frequencies(up: Tensor, down: Tensor, times: Tensor, config: ClexConfi
         RoPE exactly at t = 1. Row by row independent of the other times, bit for bit.
 
     Raises:
-        ValueError: a shape, device or (on the CPU) value is wrong: NaN weights, a time below 1, unsorted times, R = 1.
+        ValueError: a shape, device or (on the CPU) value is wrong: NaN weights, weights whose frequencies
+            are infinite in fp64, a time below 1, unsorted times, R = 1.
         TypeError: a dtype is wrong.
         RuntimeError: the weights are so large that 128 steps do not reach the last time (CPU).
 

@@ -46,10 +46,12 @@ def replicate_table(table: RotaryTable | RotaryTableStack, mesh: "DeviceMesh") -
     A table that has been through this is returned as it is.
 
     Raises:
-        TypeError: table is no table.
+        TypeError: table is no table, or mesh no DeviceMesh.
         ValueError: its freq is a DTensor of another mesh.
     """
     check_kind(table)
+    if not (torch.distributed.is_available() and isinstance(mesh, DeviceMesh)):
+        raise TypeError(f"mesh: expected a DeviceMesh, got {type(mesh).__name__}")
     if is_dtensor(table.freq):
         check_mesh("table", table.freq, mesh)
         return table

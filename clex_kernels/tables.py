@@ -19,13 +19,13 @@ from typing import Literal
 from warnings import warn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from clex_kernels.config import one_of
 from clex_kernels.extension import has_cuda, library
 from clex_kernels.table_cache import CacheStats, TableCache, weights_fingerprint
-from clex_kernels.weights import check_dense
+from clex_kernels.weights import check_dense, on_host
 
 __all__ = ["TILE", "CacheStats", "RotaryTable", "RotaryTableStack", "TableCache", "on_host", "weights_fingerprint"]
 
@@ -84,11 +84,6 @@ def _tables_cuda(
 
 
 library.impl("tables", _tables_cuda, "CUDA")
-
-
-def on_host(x: Tensor) -> bool:
-    """Whether x's values can be looked at for nothing: not on a device, nor while something is traced."""
-    return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def _check_number(name: str, value: object) -> None:
@@ -164,8 +159,8 @@ def _build(
         raise ValueError(
             "length, positions: expected exactly one of them, got " + ("both" if positions is not None else "none")
         )
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype!r}")
     _check_amplitude(amplitude, freq, dtype)
     if length is None:
         length = 0

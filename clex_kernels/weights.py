@@ -55,16 +55,22 @@ def check_dense(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got one of layout {x.layout}")
 
 
+def on_host(x: Tensor) -> bool:
+    """Whether x's values can be looked at for nothing: not on a device, nor while something is traced."""
+    return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+
+
 def check_device(device: Any) -> None:
-    """Raises TypeError or ValueError unless torch knows `device`, or it is None."""
-    if device is None or isinstance(device, torch.device):
+    """Raises TypeError or ValueError unless torch can make tensors on `device`, or it is None."""
+    if device is None:
         return
-    if isinstance(device, bool) or not isinstance(device, (str, int)):
+    if isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
         raise TypeError(f"device: expected a torch.device, a string or None, got {type(device).__name__}")
     try:
-        torch.device(device)
-    except (RuntimeError, OverflowError, ValueError) as error:
-        raise ValueError(f"device: expected one that torch knows, got {device!r}") from error
+        torch.empty(0, device=device)
+    # a torch without CUDA says so by an AssertionError.
+    except (RuntimeError, OverflowError, ValueError, AssertionError) as error:
+        raise ValueError(f"device: expected one that torch has here, got {device!r}") from error
 
 
 def plain_frequencies(config: ClexConfig, device: torch.device | str = "cpu") -> Tensor:

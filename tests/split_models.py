@@ -1,5 +1,6 @@
 """What four processes see of transformers models whose heads or sequences are split over them, for tests."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,8 @@ def work(rank: int, world: int, folder: Path) -> dict[str, Any]:
     seen["both"] = split_twice(two)
     seen["sharded"] = shard_all(meshes[2])
     seen["raw keys"] = decode_raw_keys(meshes[2])
+    seen["copy"] = copied(meshes[2])
+    seen["frozen"] = frozen_at_first(meshes[2])
     seen["loss"] = own_loss(meshes[4].get_group())
     seen["bf16"] = in_bf16(meshes[2])
     seen["refused"] = refusals(rank, meshes[4])
@@ -300,6 +303,22 @@ def decode_raw_keys(mesh: DeviceMesh) -> dict[str, Tensor]:
     return seen
 
 
+def copied(mesh: DeviceMesh) -> dict[str, Any]:
+    """What a copy of a model sees that takes shards."""
+    model = make_model(*LLAMA[2])
+    shard_context(model, mesh)
+    model = copy.deepcopy(model)
+    group = mesh.get_group()
+    return observe(model, Shards(DistributedDataParallel(model, process_group=group), group), "")
+
+
+def frozen_at_first(mesh: DeviceMesh) -> dict[str, Any]:
+    """What a model sees whose weights were frozen while its heads were split."""
+    model = make_model(*QWEN3).requires_grad_(False)
+    shard_heads(model, mesh)
+    return observe(model.requires_grad_(True), Whole(model), "")
+
+
 def own_loss(group: dist.ProcessGroup) -> Tensor:
     """The mean of the ranks' losses by transformers' own way to take one, and of a shard's positions."""
     model = make_model(*LLAMA[2])
@@ -355,6 +374,7 @@ def refusals(rank: int, mesh: DeviceMesh) -> dict[str, str]:
     note("mesh", lambda: shard_heads(six, mesh.get_group()))
     split = make_model(*LLAMA[4])
     shard_heads(split, mesh)
+    note("copy", lambda: copy.deepcopy(split))
     note("split already", lambda: shard_heads(split, mesh))
     by_hand = make_model(*LLAMA[4])
     apply_tensor_parallelism(by_hand, mesh, by_hand._expand_parallel_plan(by_hand.tp_plan))
@@ -371,6 +391,7 @@ def refusals(rank: int, mesh: DeviceMesh) -> dict[str, str]:
     note("cache", lambda: model(batch(), past_key_values=DynamicCache(config=model.config)))
     note("use_cache", lambda: model(batch(), use_cache=True))
     note("generate", lambda: model.generate(batch(), max_new_tokens=2))
+    note("labels", lambda: model(batch(), labels=batch()))
     note("uncut positions", lambda: model(batch(), position_ids=torch.arange(LENGTH)[None]))
     holes = zigzag_shard(torch.ones(2, 4 * LENGTH).index_fill(1, torch.tensor([40]), 0.0), mesh)
     note("holes", lambda: model(batch(), attention_mask=holes))

@@ -3,14 +3,17 @@
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fuzz_calls import findings
 from fuzzing.functions import FUNCTIONS
+from fuzzing.gradients import Derivative
 from fuzzing.judge import Case, judge
 
 import clex_kernels
 from clex_kernels import (
+    ClexAttention,
     ClexConfig,
     ClexRotaryEmbedding,
     RotaryTable,
@@ -78,6 +81,29 @@ def test_the_judge_sees_what_is_wrong():
     assert "4 bytes written" in judge(case(writes))
     assert judge(case(writes, written=("x",))) is None
     assert "4 bytes written" in judge(case(writes_beside, written=("x",)))
+
+
+@pytest.mark.parametrize(
+    ("function", "complaint"),
+    [
+        (lambda x: x.sin(), None),
+        (lambda x: x.sin() + x.cos().detach() - x.cos(), "gradient 0: off by"),
+        (lambda x: x.detach().sin(), "without a gradient"),
+        (lambda x: x.sin() + (0 * x).sqrt(), "gradient 0: not finite"),
+    ],
+    ids=["right", "another", "none", "not finite"],
+)
+def test_the_judge_sees_a_wrong_gradient(function, complaint):
+    x = torch.linspace(0, 1, 100, dtype=F)
+
+    def check(before: Any, result: Any, after: Any) -> None:
+        torch.testing.assert_close(result, x.sin())
+
+    derivative = Derivative(("x",), lambda given: (given["x"].sin(),))
+    # some calls are not asked for the gradient of their result.
+    found = {judge(Case(lambda x, n: function(x), {"x": x, "n": n}, check, derivative=derivative)) for n in range(8)}
+    texts = [text for text in found if text is not None]
+    assert texts == [] if complaint is None else texts and all(complaint in text for text in texts)
 
 
 F = torch.float64
@@ -163,6 +189,26 @@ FOUND: dict[str, Any] = {
         lambda: merge_attention([Q], [Q[..., 0].mT.contiguous().to_sparse()]),
     ),
     "device past all numbers": ("device: expected one that", lambda: ClexRotaryEmbedding(CONFIG, device=10**30)),
+    "device that is not there": ("device: expected one that", lambda: ClexRotaryEmbedding(CONFIG, device="cuda:99")),
+    "dtype of many": (
+        "dtype: expected",
+        lambda: RotaryTable.from_frequencies(torch.ones(2, dtype=F), 3, dtype=np.arange(3)),
+    ),
+    "kind of many": (
+        "config: expected rope_parameters",
+        lambda: ClexConfig.from_transformers({"rope_scaling": {"type": np.arange(3)}}),
+    ),
+    "sparse v": ("v: expected a dense tensor", lambda: append_kv(Q, Q.to_sparse(), Q.clone(), Q.clone(), 3)),
+    "weights past all addresses": ("hidden_size: expected fewer", lambda: ClexAttention(CONFIG, 2**53, 2)),
+    "frequencies past fp64": (
+        "up, down: expected weights of finite frequencies",
+        lambda: solve_frequencies(
+            torch.tensor([[0.0] * 4, [1.0] * 4], dtype=F),
+            torch.tensor([[-1e3, 0.0]] * 4, dtype=F),
+            torch.tensor([5.0], dtype=F),
+            CONFIG,
+        ),
+    ),
     "unknown device": ("device: expected one that", lambda: ClexRotaryEmbedding(CONFIG, device="none")),
     "cache past memory": ("byte_budget: expected", lambda: ClexRotaryEmbedding(CONFIG, cache_bytes=2**63)),
     "sizes past 64 bits": ("head_dim: expected at most", lambda: ClexConfig(head_dim=2**62, train_length=8)),
@@ -187,6 +233,21 @@ FOUND: dict[str, Any] = {
         ),
     ),
 }
+
+
+@pytest.mark.parametrize("length", [0, 1])
+@pytest.mark.parametrize("leading", [Q.shape[:1], ()], ids=["batch", "packed"])
+def test_logits_of_a_log_factor_of_zero_are_equal(length, leading):
+    """ln 1 = 0: every visible key weighs alike. torch's own attention multiplies hidden logits of -inf by it."""
+    tables = changed(STACK, index=torch.tensor([0]))
+    x, packed = Q.clone(), {}
+    if not leading:
+        x, packed = x[0], {"cu_seqlens_q": int32(0, 3), "cu_seqlens_k": int32(0, 3)}
+    q, k, v = (x.clone().requires_grad_() for _ in range(3))
+    out = attention(q, k, v, tables, is_causal=True, lengths=int32(length), **packed)
+    means = x.cumsum(-3) / torch.arange(1.0, 4.0)[:, None, None]
+    torch.testing.assert_close(out, means)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
 @pytest.mark.parametrize("case", FOUND)

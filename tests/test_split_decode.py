@@ -1,6 +1,7 @@
 """Decoding over a cache split over 2 and 4 processes, against decode_attention over the whole cache in one."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -178,6 +179,23 @@ def errors(rank: int, world: int) -> dict[str, str]:
     return found
 
 
+def with_gradients(rank: int, world: int) -> dict[str, Any]:
+    """Whether out is dense, what backward() says to out and lse, and what is warned of."""
+    q, k, v, table, kv_end, _ = make(STEPS["five tokens over a border"])
+    k, v = (part(x, rank, world) for x in (k, v))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        results = split_decode_attention(q.requires_grad_(), k, v, table, kv_end, return_lse=True)
+        said = []
+        for x in results:
+            try:
+                x[x.isfinite()].sum().backward(retain_graph=True)
+                said.append("nothing was raised")
+            except RuntimeError as error:
+                said.append(str(error))
+    return {"dense": results[0].is_contiguous(), "said": said, "warned": [str(warning.message) for warning in warned]}
+
+
 def worker(rank: int, world: int) -> dict[str, Any]:
     _, k, v, *_ = make(Step(kv_end=(40, 101, 128)))
     # groups are made by all ranks alike.
@@ -189,6 +207,7 @@ def worker(rank: int, world: int) -> dict[str, Any]:
         "growing": grow(split_append_kv, split_decode_attention, *empty_caches(SLOTS // world)),
         "continuous": continuous(split_decode_attention, part(k, rank, world), part(v, rank, world)),
         "errors": errors(rank, world),
+        "gradients": with_gradients(rank, world),
     }
 
 
@@ -257,6 +276,14 @@ def test_continuous_t_from_the_whole_length(results: list[dict[str, Any]]) -> No
     _, k, v, *_ = make(Step(kv_end=(40, 101, 128)))
     for result in results:
         assert_same(result["continuous"], continuous(decode_attention, k, v))
+
+
+def test_gradients_are_refused_by_name(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        found = result["gradients"]
+        assert found["dense"]
+        assert found["said"] == ["decode_attention: has no gradients, which attention() has"] * 2
+        assert found["warned"] == []
 
 
 MESSAGES = {

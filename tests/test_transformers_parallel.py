@@ -11,6 +11,7 @@ from processes import run_processes
 from split_models import (
     GENERATING,
     LLAMA,
+    QWEN3,
     SAVED,
     SPLIT_HEADS,
     SPLIT_TOKENS,
@@ -130,6 +131,12 @@ def test_split_heads_without_clex_are_those_of_the_plain_model(seen, case):
         torch.testing.assert_close(found[case]["plain logits"], expected, **AS_FP32)
 
 
+@pytest.mark.parametrize(("case", "model"), {"copy": LLAMA[2], "frozen": QWEN3}.items(), ids=["copy", "frozen"])
+def test_a_copy_and_a_model_frozen_while_it_is_split_see_what_one_process_sees(seen, case, model):
+    for found in seen[0]:
+        assert_same(found[case], truth(*model, ""))
+
+
 def test_raw_keys_of_split_heads_decode_as_in_one_process(seen):
     model = scaled_model("llama", "dynamic", num_key_value_heads=1)
     apply_raw_key_cache(model, recompute=True)
@@ -176,6 +183,8 @@ def test_bf16_autocast_errs_no_more_than_in_one_process(seen, split):
         "cache": "cache: expected none where sequences are split over ranks",
         "use_cache": "cache: expected none where sequences are split over ranks (shard_context), got use_cache=True",
         "generate": "cache: expected none where sequences are split over ranks",
+        "labels": "shift_labels: expected what comes next for every token",
+        "copy": "model: expected whole heads to copy it",
         "uncut positions": "position_ids: expected consecutive ones",
         "holes": "attention_mask: expected one block of ones in every row",
     }.items(),

@@ -21,7 +21,8 @@ dangle that cancel between ranks are then multiplied by numbers up to L only, an
 the sequence stands. For the same reason tables of plain positions are read from row 0 on, whatever the offset.
 
 Memory per rank is O(L / n): q', k', v, out, lse and the table are saved; on the way there are two buffers of k' and v,
-and in the backward pass three of dk' and dv and one of dq', those in fp32 (fp64 for fp64).
+and in the backward pass three of dk' and dv and one of dq', those in fp32 (fp64 for fp64), beside which q' and k' stand
+in fp32, too, once the ring's buffers are gone.
 
 torch.compile breaks the graph at ring_attention, since it takes no point-to-point transfers.
 
@@ -276,9 +277,9 @@ def ring_attention(
             index or else by `lengths`.
         group: a process group, a device mesh of one dimension, or None for all ranks.
         is_causal: a query sees keys up to its own position only.
-        scale: of the logits; None: D^(-1/2).
+        scale: of the logits, 2^-30 to 2^30; None: D^(-1/2).
         window: tokens a query sees, itself included; implies is_causal.
-        softcap: c in c tanh(logits / c).
+        softcap: c in c tanh(logits / c), 2^-30 to 2^30.
         kv_start: [B] int32 or int64, first valid slot of the whole sequence (left padding).
         lengths: [B] token counts of the whole sequences, which select the stack's tables (t) and the log-n factor;
             None: L - kv_start.

@@ -20,6 +20,9 @@ the layers, and must be gathered in fp32, whatever the policy of the model: roun
 100K by tens of turns. So `shard_rotary` makes them an FSDP2 unit of their own. One gather serves a whole step, or all
 forwards of an evaluation: they are few.
 
+Whoever hands a table to a module under FSDP2 by hand, as to ClexAttention, asks for cast_forward_inputs=False: else a
+policy in bf16 rounds the table too, which is refused there.
+
 FSDP2 hides from version counters that gathered weights have changed. Between two gathers they can't change, so tables
 cached in evaluation are dropped at each gather.
 """
@@ -36,6 +39,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from clex_kernels.config import check_integer
+from clex_kernels.distributed.groups import ranks_of
 from clex_kernels.modules import ClexRotaryEmbedding
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
@@ -140,8 +144,9 @@ def shard_rotary(rope: ClexRotaryEmbedding, mesh: DeviceMesh | None = None, **op
             forwards of an evaluation; cached tables last from one gather to the next.
 
     Raises:
-        TypeError: rope is no ClexRotaryEmbedding.
-        ValueError: it is sharded already, or mp_policy would round its weights, gradients or tables.
+        TypeError: rope is no ClexRotaryEmbedding, or mesh no DeviceMesh.
+        ValueError: it is sharded already, there is no process group, or mp_policy would round its weights, gradients
+            or tables.
     """
     if not isinstance(rope, ClexRotaryEmbedding):
         raise TypeError(f"rope: expected a ClexRotaryEmbedding, got {type(rope).__name__}")
@@ -149,6 +154,11 @@ def shard_rotary(rope: ClexRotaryEmbedding, mesh: DeviceMesh | None = None, **op
         raise ValueError("rope: expected one with whole weights, got one that is sharded; call this before fully_shard")
     options = {"reshard_after_forward": False} | options
     _check_policy(options.get("mp_policy", MixedPrecisionPolicy()), rope.proj_func.ode_up_proj.dtype)
+    if mesh is None:
+        # all processes.
+        ranks_of(None)
+    elif not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh: expected a DeviceMesh, got {type(mesh).__name__}")
     for name in ("forward", *_METHODS):
         setattr(rope, name, _return_no_view(getattr(rope, name)))
     fully_shard(rope, mesh=mesh, **options)

@@ -32,6 +32,7 @@ from torch.autograd.graph import increment_version
 
 from clex_kernels.append import check_append, check_no_gradient
 from clex_kernels.attention_checks import MAX_TOKENS, can_look, check_per_sequence
+from clex_kernels.config import check_flag
 from clex_kernels.decode import decode_attention
 from clex_kernels.decode_checks import Cache, check_cache, check_choices
 from clex_kernels.distributed.groups import Group, Ranks, check_local, ranks_of
@@ -135,9 +136,9 @@ def split_decode_attention(
         group: a process group, a device mesh of one dimension, or None for all ranks.
         kv_start: [B], first valid slot, counted over all ranks; None: 0.
         lengths: [B], token counts, which choose from the stack and enter the log_scale; None: kv_end - kv_start.
-        scale: of the logits; None: D^(-1/2).
+        scale: of the logits, 2^-30 to 2^30; None: D^(-1/2).
         window: tokens that a query sees, itself included; None: all.
-        softcap: c in c tanh(logits / c); None: no cap.
+        softcap: c in c tanh(logits / c), 2^-30 to 2^30; None: no cap.
         return_lse: also return lse [B, H, L], natural logarithm, fp32 (fp64 for fp64), -inf where nothing is seen.
 
     Returns:
@@ -152,6 +153,7 @@ def split_decode_attention(
     check_local(q=q, k_cache=k_cache, v_cache=v_cache, table=getattr(table, "freq", None))
     cache = check_cache("q", q, k_cache, v_cache, None)
     check_choices(cache, table, "q")
+    check_flag("return_lse", return_lse)
     here = _range_of(cache, kv_end, group)
     tokens = q.shape[1]
     _check_bounds(here, kv_start, lengths, table, window)
@@ -213,10 +215,13 @@ def _attend_tokens(
 def _merge_over(ranks: Ranks, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse over all ranks' slots, on every rank."""
     lses = [torch.empty_like(lse) for _ in range(ranks.size)]
-    dist.all_gather(lses, lse, group=ranks.group)
+    dist.all_gather(lses, lse.detach(), group=ranks.group)
+    # collectives have no backward pass of their own: it must get to the operator, which refuses it by name.
+    lses[ranks.rank] = lse
     merged, weights = merge_lses(torch.stack(lses))
-    total = rows_of_lse(weights[ranks.rank]) * out
-    dist.all_reduce(total, group=ranks.group)
+    # out first: the strides of a product are its first factor's.
+    total = out * rows_of_lse(weights[ranks.rank])
+    dist.all_reduce(total.detach(), group=ranks.group)
     return total.to(out.dtype), merged
 
 

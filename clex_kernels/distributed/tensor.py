@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from clex_kernels.attention_layer import ClexAttention
+from clex_kernels.distributed.groups import ranks_of
 from clex_kernels.packing import NAMES, PACKED, checked_linear, name_rows
 from clex_kernels.qkv_rotary import qkv_rotary
 from clex_kernels.sharding import HEADS, Layout, is_dtensor
@@ -62,7 +63,15 @@ def sum_gradients(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     Args:
         x: a tensor of any shape, equal on all ranks.
         group: of the ranks that share the work; None: all.
+
+    Raises:
+        TypeError: x is no tensor, or group neither a group nor None.
+        ValueError: this process is not in the group, or there is none.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if not torch.compiler.is_compiling():
+        group = ranks_of(group).group
     return _SumGradients.apply(x, group)
 
 

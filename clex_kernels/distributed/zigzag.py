@@ -8,12 +8,16 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
 from clex_kernels.distributed.groups import Group, Ranks, ranks_of
+from clex_kernels.tables import MAX_LENGTH
+from clex_kernels.weights import check_device
 
 
 def _chunks(length: int, ranks: Ranks, name: str) -> int:
     """Tokens of a chunk."""
     if isinstance(length, bool) or not isinstance(length, int):
         raise TypeError(f"{name}: expected an int, got {type(length).__name__}")
+    if length > MAX_LENGTH:
+        raise ValueError(f"{name}: expected at most {MAX_LENGTH} tokens, got {length}")
     if length < 0 or length % (2 * ranks.size):
         raise ValueError(f"{name}: expected L divisible by 2n = {2 * ranks.size}, got {length}")
     return length // (2 * ranks.size)
@@ -33,8 +37,9 @@ def _check_sharded(x: Tensor, dim: int) -> int:
 def zigzag_positions(length: int, group: Group = None, device: torch.device | str | None = None) -> Tensor:
     """Which tokens of a sequence of `length` this rank holds: int64 [L/n], chunks r and 2n - 1 - r of 2n.
 
-    Raises ValueError for a length not divisible by 2n, and for a group this process is not in.
+    Raises ValueError for a length not divisible by 2n, a group this process is not in, or a device torch lacks.
     """
+    check_device(device)
     ranks = ranks_of(group)
     chunk = _chunks(length, ranks, "length")
     first = torch.arange(chunk, device=device)

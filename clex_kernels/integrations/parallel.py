@@ -52,7 +52,7 @@ from transformers import PreTrainedModel
 from clex_kernels.distributed.groups import Group, Ranks, ranks_of
 from clex_kernels.distributed.tensor import sum_gradients
 from clex_kernels.integrations.families import find_base
-from clex_kernels.integrations.raw_keys import RawKeyRotary
+from clex_kernels.integrations.raw_keys import RawKeyRotary, arguments_of
 
 __all__ = ["shard_context", "shard_heads"]
 
@@ -129,8 +129,9 @@ def shard_context(model: PreTrainedModel, group: Group = None) -> None:
     """From now on the forward of a patched model takes zigzag shards [B, L / n] of sequences [B, L], in place.
 
     input_ids or inputs_embeds are this rank's shard, and so are a 2-D mask of padding and position_ids, where they are
-    given; logits come out alike. t is that of whole sequences, of each by itself under a mask. No cache can be used.
-    remove_clex or remove_raw_key_cache end it. The module docstring says how losses and gradients are taken.
+    given; logits come out alike. t is that of whole sequences, of each by itself under a mask. No cache can be used,
+    and a causal model's labels need shift_labels beside them, since what comes next may be another rank's. remove_clex
+    or remove_raw_key_cache end it. The module docstring says how losses and gradients are taken.
 
     Args:
         model: patched by apply_clex or apply_raw_key_cache.
@@ -147,6 +148,18 @@ def shard_context(model: PreTrainedModel, group: Group = None) -> None:
     if base.rotary_emb.split.tokens is not None:
         raise ValueError("model: expected one that takes whole sequences, got one under shard_context already")
     base.rotary_emb.split = base.rotary_emb.split._replace(tokens=ranks_of(group))
+    if getattr(model, "loss_type", None) == "ForCausalLM":
+        base.rotary_emb.also_remove(model.register_forward_pre_hook(_check_labels, with_kwargs=True))
+
+
+def _check_labels(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """That the loss does not move labels within a shard, whose chunks are no neighbours."""
+    given = arguments_of(model, args, kwargs)
+    if given.get("labels") is not None and given.get("shift_labels") is None:
+        raise ValueError(
+            "shift_labels: expected what comes next for every token, moved before it is cut by zigzag_shard, beside"
+            " labels where sequences are split over ranks (shard_context), got None"
+        )
 
 
 def take_heads(model: PreTrainedModel, base: PreTrainedModel) -> Ranks | None:
@@ -199,7 +212,10 @@ def _plan_attention(plan: dict[str, str], layers: list[_Attention], ranks: Ranks
             plan[f"{place}.{name}"] = "replicate"
             for layer in layers:
                 for weight in getattr(layer.module, name).parameters(recurse=False):
-                    weight.register_hook(partial(_sum, ranks))
+                    # a frozen one takes no hook, and may be trained later.
+                    trained = weight.requires_grad
+                    weight.requires_grad_(True).register_hook(partial(_sum, ranks))
+                    weight.requires_grad_(trained)
 
 
 def _sum(ranks: Ranks, gradient: Tensor) -> Tensor:

@@ -64,6 +64,10 @@ class RawKeyRotary(nn.Module):
             base.register_forward_hook(self._end, with_kwargs=True),
         ]
 
+    def also_remove(self, handle: Any) -> None:
+        """A hook's handle, to remove in `detach`."""
+        self._handles.append(handle)
+
     def detach(self, base: PreTrainedModel) -> None:
         """Give `base` its own rotary embedding back."""
         for handle in self._handles:
@@ -78,14 +82,14 @@ class RawKeyRotary(nn.Module):
         self, base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = {**kwargs, _STEP: self._step(base, args, kwargs)}
-        if self.split.tokens is not None and "use_cache" not in _arguments(base, args, {}):
+        if self.split.tokens is not None and "use_cache" not in arguments_of(base, args, {}):
             # a cache of one rank's tokens is of no use.
             kwargs["use_cache"] = False
         return args, kwargs
 
     @torch.compiler.disable(reason="clex_kernels: masks are read and tables built outside, and enter as arguments")
     def _step(self, base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
-        given = _arguments(base, args, kwargs)
+        given = arguments_of(base, args, kwargs)
         _check_call(base, given)
         if self.split.tokens is not None:
             _check_uncached(given)
@@ -112,7 +116,7 @@ class RawKeyRotary(nn.Module):
                 value.holds_raw_keys = value.is_whole = True
                 value.pads_right = kwargs[_STEP].tokens.pads_right
                 if kwargs[_STEP].state is not None:
-                    remember(value, base, _arguments(base, args, kwargs), kwargs[_STEP].state)
+                    remember(value, base, arguments_of(base, args, kwargs), kwargs[_STEP].state)
 
 
 def _renew(base: PreTrainedModel, given: dict[str, Any], step: Step) -> None:
@@ -145,7 +149,7 @@ def _renew(base: PreTrainedModel, given: dict[str, Any], step: Step) -> None:
     )
 
 
-def _arguments(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def arguments_of(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What the forward of `base` is called with, by name."""
     given = {**dict(zip(_parameters(type(base)), args, strict=False)), **kwargs}
     given["cache"] = next((given[name] for name in _CACHE_NAMES if given.get(name) is not None), None)

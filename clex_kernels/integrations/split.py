@@ -11,7 +11,7 @@ by n here. Then averaging over the ranks is right for every parameter, and chang
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,17 @@ class Split(NamedTuple):
 
     heads: "Ranks | None" = None
     tokens: "Ranks | None" = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Split":
+        """Itself: a copy of a model works with the same processes.
+
+        Raises:
+            TypeError: its heads are split: the forwards that transformers puts in would go on with the first one's
+                weights.
+        """
+        if self.heads is not None:
+            raise TypeError("model: expected whole heads to copy it, got heads split over ranks; copy it before that")
+        return self
 
     @property
     def token_ranks(self) -> int:

@@ -9,6 +9,7 @@ import clex_kernels
 from clex_kernels import RotaryTable, RotaryTableStack
 
 from . import truths
+from .gradients import Derivative
 from .judge import Case
 from .truths import assert_within, is_plain, slack
 from .values import FLOATS, Draw
@@ -86,7 +87,12 @@ def apply_rotary(draw: Draw) -> Case:
                 assert_within(name, y, truths.rotary(x, before["table"], *where), slack(x.dtype))
 
     refusals = ("can't be rotated in place", "modified inplace|in-place operation", "inference tensor")
-    return Case(clex_kernels.apply_rotary, given, check, written, refusals)
+    derivative = Derivative(
+        ("q", "k", "table"),
+        truths.both_rotated,
+        applies=lambda given: given.get("inplace", False) is False and given.get("out") is None,
+    )
+    return Case(clex_kernels.apply_rotary, given, check, written, refusals, derivative=derivative)
 
 
 def qkv_rotary(draw: Draw) -> Case:
@@ -107,22 +113,16 @@ def qkv_rotary(draw: Draw) -> Case:
 
     def check(before: dict[str, Any], result: Any, after: dict[str, Any]) -> None:
         x, weight, bias = before["x"], before["weight"], before.get("bias")
-        weight, bias = (torch.cat(y) if isinstance(y, (tuple, list)) else y for y in (weight, bias))
         if not is_plain(x, weight, bias, before["table"]):
             return
-        product = x.double() @ weight.double().mT + (0 if bias is None else bias.double())
-        many, groups, keys = before["num_heads"], before["num_kv_heads"], before.get("keys", "rotated")
-        product = product.unflatten(2, (many + 2 * groups, -1))
-        q, k, v = product.split((many, groups, groups), dim=2)
-        where = (before["table"], before.get("position_ids"), before.get("offset", 0))
-        q, rotated = (truths.rotary(y, *where) for y in (q, k))
-        expected = {"rotated": (q, rotated, v), "raw": (q, k, v), "both": (q, rotated, v, k)}[keys]
+        expected = truths.projected(before)
         for name, y, truth in zip(("q", "k", "v", "raw k"), result, expected, strict=False):
             assert y.dtype == x.dtype, f"{name}: {y.dtype}"
             assert_within(name, y, truth, slack(x.dtype))
         assert len(result) == len(expected), f"{len(result)} results"
 
-    return Case(clex_kernels.qkv_rotary, given, check)
+    derivative = Derivative(("x", "weight", "bias", "table"), truths.projected)
+    return Case(clex_kernels.qkv_rotary, given, check, derivative=derivative)
 
 
 def attention(draw: Draw) -> Case:
@@ -159,7 +159,8 @@ def attention(draw: Draw) -> Case:
     given["q"] = heads(draw, dtype, *rows, queries, many, dims)
     given |= {name: heads(draw, dtype, *rows, slots, groups, dims) for name in "kv"}
     given["table"] = make_table(draw, dtype, dims, sequences, last, by_length=True)
-    return Case(clex_kernels.attention, given, _check_attention)
+    derivative = Derivative(("q", "k", "v", "table"), truths.attention)
+    return Case(clex_kernels.attention, given, _check_attention, derivative=derivative)
 
 
 def _check_attention(before: dict[str, Any], result: Any, after: dict[str, Any]) -> None:
@@ -251,14 +252,17 @@ def merge_attention(draw: Draw) -> Case:
         assert (out.shape, out.dtype) == (outs[0].shape, outs[0].dtype), f"out: {out.dtype}{list(out.shape)}"
         if not is_plain(*outs) or any(x.is_meta or x.isnan().any() or (x == torch.inf).any() for x in lses):
             return
-        stacked = torch.stack([x.double() for x in lses])
-        truth = stacked.logsumexp(0)
-        weights = (stacked - truth.masked_fill(truth == -torch.inf, 0.0)).exp()
-        merged = sum(x.double() * w.mT[..., None] for x, w in zip(outs, weights, strict=True))
+        merged, truth = truths.merged(outs, lses)
         assert_within("lse", lse, truth, slack(wide))
         assert_within("out", out, merged, slack(dtype))
 
-    return Case(clex_kernels.merge_attention, {"outs": outs, "lses": tuple(lses)}, check)
+    given = {"outs": outs, "lses": tuple(lses)}
+    derivative = Derivative(
+        ("outs", "lses"),
+        lambda given: truths.merged(given["outs"], given["lses"]),
+        applies=lambda given: all(not x.isnan().any() and not (x == torch.inf).any() for x in given["lses"]),
+    )
+    return Case(clex_kernels.merge_attention, given, check, derivative=derivative)
 
 
 def append_kv(draw: Draw) -> Case:
@@ -284,7 +288,7 @@ def append_kv(draw: Draw) -> Case:
 def _appended(before: dict[str, Any], name: str) -> Tensor:
     new, cache, block_table = before[name], before[f"{name}_cache"].clone(), before.get("block_table")
     for b in range(len(new)):
-        end = before["kv_end"] if isinstance(before["kv_end"], int) else int(before["kv_end"][b])
+        end = int(before["kv_end"][b] if isinstance(before["kv_end"], Tensor) else before["kv_end"])
         for token in range(new.shape[1]):
             slot = end - new.shape[1] + token
             if slot >= 0:

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import values
+from . import gradients, values
+from .gradients import Derivative
 from .values import Draw, described, tensors_in
 
-# an argument that does not exist is memory that does not exist: torch's own words for it.
-NO_MEMORY = ("can't allocate memory", '"aten::empty", "memory_format"', "MemoryError")
+# torch's own words for memory that does not exist, and for inference tensors beside ones that require grad.
+TORCHS_OWN = (
+    *("can't allocate memory", '"aten::empty", "memory_format"', "MemoryError"),
+    "Inference tensors cannot be saved for backward",
+)
 NAMED = re.compile(r"^[a-z_][\w\[\]., ()]*: ", re.IGNORECASE)
 
 
@@ -31,6 +35,7 @@ class Case:
     costly: tuple[str, ...] = ()
     # whether `written` may have been written to before an error.
     writes_early: bool = False
+    derivative: Derivative | None = None
     how: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -52,8 +57,11 @@ def spoil(draw: Draw, case: Case) -> None:
 def _cheap(size: Any) -> Any:
     """`size` with numbers that would take long but may fit into memory made small."""
     if isinstance(size, Tensor):
-        integral = size.dtype in (torch.int32, torch.int64) and not size.is_meta
-        return torch.where((size > 2**20) & (size < 2**45), size % 1000, size) if integral else size
+        if size.dtype not in (torch.int32, torch.int64) or size.is_meta:
+            return size
+        # in 32 bits the bound would come round.
+        is_large = (size.long() > 2**20) & (size.long() < 2**45)
+        return torch.where(is_large, size % 1000, size)
     return size % 1000 if isinstance(size, int) and 2**20 < size < 2**45 else size
 
 
@@ -112,10 +120,17 @@ def judge(case: Case) -> str | None:
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         promised = isinstance(error, RuntimeError) and any(re.search(known, text) for known in case.refusals)
-        if promised or (case.how and any(words in text for words in NO_MEMORY)):
+        if promised or (case.how and any(words in text for words in TORCHS_OWN)):
             return _complaint(lambda: memory.check(()))
         return text.splitlines()[0][:300]
-    return _complaint(lambda: memory.check(case.written), lambda: case.check(before, result, case.arguments))
+    # it may have been spoiled into one that works in place.
+    written = ("q", "k") if case.arguments.get("inplace") is True else case.written
+    checks = [lambda: memory.check(written), lambda: case.check(before, result, case.arguments)]
+    if case.derivative is not None:
+        checks.append(lambda: gradients.check(case.derivative, case.function, case.arguments, str(case)))
+        # a backward pass writes to no argument either.
+        checks.append(lambda: memory.check(written))
+    return _complaint(*checks)
 
 
 def _complaint(*checks: Callable[[], None]) -> str | None:

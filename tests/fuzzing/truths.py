@@ -1,7 +1,7 @@
 """What accepted calls must give: plain torch in fp64, sequence by sequence, from the rows that tables hold."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -54,7 +54,14 @@ def rows_of(table: RotaryTable | RotaryTableStack) -> Tensor:
         torch.complex(x[..., 0, :].double(), x[..., 1, :].double())
         for x in ((x[None] if x.dim() == 3 else x) for x in (table.coarse, table.fine))
     )
-    return (coarse[:, :, None] * fine[:, None]).flatten(1, 2)
+    rows = (coarse[:, :, None] * fine[:, None]).flatten(1, 2)
+    if not table.freq.requires_grad:
+        return rows
+    positions = torch.arange(float(rows.shape[1])).double() if table.positions is None else table.positions
+    freq = table.freq[None] if table.freq.dim() == 1 else table.freq
+    angle = positions[..., None] * freq[:, None]
+    # their values are the table's, and their derivatives those by its frequencies.
+    return rows * torch.polar(torch.ones_like(angle), angle - angle.detach())
 
 
 def choice_of(table: RotaryTable | RotaryTableStack, b: int, length: int | None = None) -> int:
@@ -87,6 +94,13 @@ def rotary(
             at = position_ids[b if len(position_ids) > 1 else 0]
         out[b] = turned(x[b], rows[choice_of(table, b)][at + offset])
     return out
+
+
+def both_rotated(given: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """apply_rotary's results."""
+    where = (given["table"], given.get("position_ids"), given.get("offset", 0))
+    q, k = (None if x is None else rotary(x, *where) for x in (given["q"], given.get("k")))
+    return q, k
 
 
 def _at(value: Any, b: int, default: Any) -> Any:
@@ -124,6 +138,7 @@ def attention(given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         for name, x, first, seen in (("q", one[0], q_first, mask[0].any(1)), ("k", one[1], k_first, mask[0].any(0))):
             at = torch.where(seen, first + torch.arange(len(x)), 0)
             parts.append(x if name in rotated and rotated != "none" else turned(x, own[at]))
+        seen = mask[0].any(1)
         factor = None
         if table.log_scale:
             factor = math.log(max(length, 1)) / math.log(table.train_length)
@@ -131,11 +146,34 @@ def attention(given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
             factor = torch.tensor([factor], dtype=torch.float64)
         # what is not seen has no effect, whatever it holds.
         parts[1] = torch.where(mask[0].any(0)[:, None, None], parts[1], 0.0)
+        parts[0], mask = parts[0][seen], mask[:, seen]
         found = reference.attention(
             *(x[None] for x in (*parts, one[2])), mask, given.get("scale"), given.get("softcap"), factor
         )
-        out[row, queries], lse[row, :, queries] = found[0][0], found[1][0]
+        out[row, queries][seen], lse[row, :, queries][:, seen] = found[0][0], found[1][0]
     return (out[0], lse[0]) if is_flat else (out, lse)
+
+
+def merged(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """merge_attention's out and lse."""
+    stacked = torch.stack([x.double() for x in lses])
+    is_empty = (stacked == -math.inf).all(0)
+    stacked = stacked.masked_fill(is_empty, 0.0)
+    weights = stacked.softmax(0).masked_fill(is_empty, 0.0)
+    out = sum(x.double() * weight.mT[..., None] for x, weight in zip(outs, weights, strict=True))
+    return out, stacked.logsumexp(0).masked_fill(is_empty, -math.inf)
+
+
+def projected(given: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """qkv_rotary's results."""
+    x, weight, bias = given["x"], given["weight"], given.get("bias")
+    weight, bias = (torch.cat(y) if isinstance(y, (tuple, list)) else y for y in (weight, bias))
+    product = x.double() @ weight.double().mT + (0 if bias is None else bias.double())
+    many, groups, keys = given["num_heads"], given["num_kv_heads"], given.get("keys", "rotated")
+    q, k, v = product.unflatten(2, (many + 2 * groups, -1)).split((many, groups, groups), dim=2)
+    where = (given["table"], given.get("position_ids"), given.get("offset", 0))
+    q, rotated = (rotary(y, *where) for y in (q, k))
+    return {"rotated": (q, rotated, v), "raw": (q, k, v), "both": (q, rotated, v, k)}[keys]
 
 
 def gathered(cache: Tensor, block_table: Tensor | None) -> Tensor:

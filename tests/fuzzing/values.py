@@ -168,7 +168,9 @@ def spoil_tensor(draw: Draw, x: Tensor) -> Spoiled:
         "sparse": lambda: x.to_sparse() if real else x,
         "negated": lambda: _negated(x) if real else x,
         "a list": lambda: x.tolist() if x.dtype.itemsize > 1 and size else [],
-        "an array": lambda: x.numpy() if x.dtype != torch.bfloat16 and x.dtype.itemsize > 1 else None,
+        "an array": lambda: (
+            x.resolve_neg().resolve_conj().numpy() if x.dtype != torch.bfloat16 and x.dtype.itemsize > 1 else None
+        ),
         "inference": lambda: _inference(x),
     }
     how = draw.choice(list(ways))
