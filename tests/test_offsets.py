@@ -62,6 +62,13 @@ KNOWN = {
 }
 
 
+class ReadingDriver(FakeDriver):
+    """Of a device by itself, so that no launch finds what a test before compiled."""
+
+    def get_current_device(self) -> str:
+        return f"{self.name}, read"
+
+
 @contextlib.contextmanager
 def reading(target: str) -> Iterator[list[tuple[str, str]]]:
     """Launches are listed instead, those of the same code once: the kernel's name and its TTIR."""
@@ -87,7 +94,7 @@ def reading(target: str) -> Iterator[list[tuple[str, str]]]:
     def read(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         run(self, *args, grid=grid, warmup=True, **kwargs)
 
-    triton.runtime.driver.set_active(FakeDriver(target))
+    triton.runtime.driver.set_active(ReadingDriver(target))
     JITFunction._do_compile, JITFunction.run = lower, read
     try:
         yield listed
