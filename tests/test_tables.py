@@ -84,10 +84,10 @@ def test_angles_next_to_multiples_of_a_quarter_turn_are_exact(isa: str):
 def test_angles_past_the_fast_reduction_are_exact(isa: str):
     freq = torch.tensor([1.0, 1e-3, 7e5, 1e12], dtype=torch.float64)
     positions = [2.0**40 + 1, 2.0**52 + 1, 1e17]
-    table = RotaryTable.from_frequencies(
-        freq, positions=torch.tensor(positions, dtype=torch.float64), dtype=torch.float64
-    )
-    assert max_error(table.coarse, exact(freq, positions)) <= 4e-16
+    where = torch.tensor(positions, dtype=torch.float64)
+    for amplitude in (1.0, 1.25):
+        table = RotaryTable.from_frequencies(freq, positions=where, amplitude=amplitude, dtype=torch.float64)
+        assert max_error(table.coarse, exact(freq, positions, amplitude)) <= 4e-16 * amplitude
 
 
 def test_evenly_spaced_angles_past_the_fast_reduction_are_exact(isa: str):
