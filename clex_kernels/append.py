@@ -57,9 +57,13 @@ def check_append(cache: Cache, v: Tensor) -> None:
     check_distinct("k_cache, v_cache", k_cache, v_cache)
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_writable(name, x)
+    _check_no_gradient(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    for x in (k_cache, v_cache):
+        check_apart("k", k, x)
+        check_apart("v", v, x)
 
 
-def check_no_gradient(**tensors: Tensor) -> None:
+def _check_no_gradient(**tensors: Tensor) -> None:
     """That no gradient is asked for, which would be lost."""
     check_no_tangent("append_kv", *tensors.values())
     for name, x in tensors.items():
@@ -107,10 +111,6 @@ def append_kv(
         return sharded_append(append_kv, k, v, k_cache, v_cache, kv_end, block_table, debug)
     cache = check_cache("k", k, k_cache, v_cache, block_table)
     check_append(cache, v)
-    check_no_gradient(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    for x in (k_cache, v_cache):
-        check_apart("k", k, x)
-        check_apart("v", v, x)
     slots = check_slots(cache, kv_end, debug=debug, written=k.shape[1])
     torch.ops.clex.append(k, v, k_cache, v_cache, slots.kv_end, block_table)
     if not torch.compiler.is_compiling():

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.graph import increment_version
 
-from clex_kernels.append import check_append, check_no_gradient
+from clex_kernels.append import check_append
 from clex_kernels.attention_checks import MAX_TOKENS, can_look, check_per_sequence
 from clex_kernels.config import check_flag
 from clex_kernels.decode import decode_attention
@@ -38,7 +38,6 @@ from clex_kernels.decode_checks import Cache, check_cache, check_choices
 from clex_kernels.distributed.groups import Group, Ranks, check_local, ranks_of
 from clex_kernels.merging import merge_attention, merge_lses, rows_of_lse
 from clex_kernels.rotary import apply_rotary
-from clex_kernels.rotary_checks import check_apart
 from clex_kernels.tables import RotaryTable, RotaryTableStack
 
 
@@ -94,10 +93,6 @@ def split_append_kv(
     check_local(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     cache = check_cache("k", k, k_cache, v_cache, None)
     check_append(cache, v)
-    check_no_gradient(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    for x in (k_cache, v_cache):
-        check_apart("k", k, x)
-        check_apart("v", v, x)
     here = _range_of(cache, kv_end, group)
     # slots before and after this rank's are none of its cache, and the operator writes to none that does not exist.
     torch.ops.clex.append(k, v, k_cache, v_cache, here.kv_end - here.first, None)
