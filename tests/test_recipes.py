@@ -29,6 +29,7 @@ from examples.train_parallel import MODES, Alone
 from examples.train_setup import Options, build_model
 from examples.train_tiny import as_bytes
 
+# what is tested is how they run on CPUs: two processes, and most machines have one GPU or none.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="each process would ask for a GPU of its own")
 
 ROOT = Path(__file__).parent.parent

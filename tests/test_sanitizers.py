@@ -99,6 +99,7 @@ def run_together(count: int, work: Callable[[int], None], wrong: list[str]) -> N
     def guarded(number: int) -> None:
         try:
             work(number)
+        # of any kind: a thread's failure reaches no test by itself.
         except Exception as error:
             wrong.append(repr(error))
 

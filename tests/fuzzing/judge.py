@@ -139,7 +139,7 @@ def _complaint(*checks: Callable[[], None]) -> str | None:
             check()
         except AssertionError as error:
             return f"wrong: {error}"
+        # the truth may fail in any way where it should have been refused: a call was accepted of which it is not known.
         except Exception as error:
-            # a call was accepted of which the truth is not known.
             return f"accepted, where the truth is {type(error).__name__}: {str(error).splitlines()[:1]}"
     return None

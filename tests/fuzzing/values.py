@@ -108,9 +108,10 @@ def wild(draw: Draw) -> Any:
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in another dtype, by way of fp32 where there is no direct one."""
+    """x in another dtype; zeros where torch can't convert, as it is the dtype that a call is tried with."""
     try:
         return x.detach().to(dtype)
+    # torch raises either, by the pair of dtypes.
     except (RuntimeError, NotImplementedError):
         return torch.zeros(x.shape).to(dtype)
 
